@@ -1,0 +1,161 @@
+"""Tensors in and out of safetensors files, one at a time: no checkpoint is ever held whole in memory."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import hashlib
+import json
+import math
+import pathlib
+from types import TracebackType
+
+from safetensors import SafetensorError
+from safetensors import safe_open
+import torch
+from torch import Tensor
+
+from openpi_duquant.config import DuQuantError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+TensorType = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape of a tensor."""
+
+
+class SafetensorsReader(contextlib.AbstractContextManager):
+    """The tensors of a checkpoint folder: `model.safetensors`, or the shards its index names; memory-mapped.
+
+    Args:
+        folder: The checkpoint.
+
+    Raises:
+        DuQuantError: If there is no such folder, no weights in it, or a file is truncated or foreign.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.files = _weight_files(folder)
+        self.types: dict[str, TensorType] = {}
+        self._handles: dict[str, safe_open] = {}
+        with contextlib.ExitStack() as stack:
+            for path in self.files:
+                self._open(path, stack)
+            self._stack = stack.pop_all()
+
+    def _open(self, path: pathlib.Path, stack: contextlib.ExitStack) -> None:
+        try:
+            handle = stack.enter_context(safe_open(path, framework="pt"))
+            for name in handle.keys():  # noqa: SIM118
+                part = handle.get_slice(name)
+                self.types[name] = DTYPES[part.get_dtype()], tuple(part.get_shape())
+                self._handles[name] = handle
+        except (SafetensorError, OSError, KeyError) as error:
+            raise DuQuantError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors, by name."""
+        return {name: shape for name, (_, shape) in self.types.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name, on the CPU, as stored.
+
+        Raises:
+            DuQuantError: If the file can no longer be read.
+        """
+        try:
+            return self._handles[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise DuQuantError(f"{self.files[0].parent}: tensor {name} cannot be read ({error})") from None
+
+    def digest(self) -> str:
+        """SHA-256 over the bytes of all files."""
+        total = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes the files."""
+        self._stack.close()
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    if not folder.is_dir():
+        raise DuQuantError(f"{folder}: no such folder; give the folder that holds {WEIGHTS_NAME}")
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    if not (folder / INDEX_NAME).is_file():
+        raise DuQuantError(f"{folder}: holds no {WEIGHTS_NAME}; is it a PyTorch checkpoint of openpi?")
+    try:
+        names = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DuQuantError(f"{folder / INDEX_NAME}: not an index of safetensors shards ({error!r})") from None
+
+
+class SafetensorsWriter(contextlib.AbstractContextManager):
+    """Writes a safetensors file whose tensors arrive one by one, in any order.
+
+    The safetensors library writes only what is in memory all at once; the format (a JSON header of dtypes, shapes and
+    offsets, then the bytes: https://huggingface.co/docs/safetensors) lets a known header come first.
+
+    Args:
+        path: The file to make.
+        types: Dtype and shape of every tensor that will be written.
+    """
+
+    def __init__(self, path: pathlib.Path, types: Mapping[str, TensorType]) -> None:
+        self._types = dict(types)
+        self._missing = set(types)
+        self._offsets, header = {}, {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (dtype, shape) in types.items():
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            self._offsets[name] = begin
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._begin = 8 + len(text)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes one tensor.
+
+        Raises:
+            ValueError: If it is not one that was announced, or was written before.
+        """
+        if name not in self._missing or (tensor.dtype, tuple(tensor.shape)) != self._types[name]:
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} was not announced as such, or comes twice")
+        self._missing.remove(name)
+        self._file.seek(self._begin + self._offsets[name])
+        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes the file; ValueError if a tensor that was announced never came."""
+        self._file.close()
+        if kind is None and self._missing:
+            raise ValueError(f"never written: {sorted(self._missing)}")
+
+
+def iter_bytes(types: Mapping[str, TensorType]) -> Iterator[int]:
+    """Bytes of each tensor."""
+    return (math.prod(shape) * dtype.itemsize for dtype, shape in types.values())

@@ -1,0 +1,128 @@
+"""duquant.json: what a converted checkpoint holds, layer by layer and fold by fold, and what it came from."""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import torch
+
+from openpi_duquant.checkpoint.files import TensorType
+from openpi_duquant.config import DuQuantConfig
+from openpi_duquant.config import DuQuantError
+from openpi_duquant.engine.architecture import EXPERT_LM_HEAD
+from openpi_duquant.engine.architecture import Architecture
+from openpi_duquant.engine.architecture import kept_in_float32
+from openpi_duquant.engine.architecture import parameter_shapes
+from openpi_duquant.linear import LayerSpec
+from openpi_duquant.linear.spec import SHARED_TENSORS
+
+MANIFEST_NAME = "duquant.json"
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The record of a converted checkpoint.
+
+    Attributes:
+        tool_version: Version of openpi-duquant that wrote it.
+        config: What was asked for.
+        architecture: Sizes of the policy.
+        source: Of the source: "sha256", "dtype" of its weights, "bytes" of its files.
+        layers: Every quantized layer.
+        folds: Every exact change to floating-point weights, as `folds.Fold.to_json`.
+        float_dtypes: Dtype name of every tensor that is not quantized.
+        counts: "layers", "quantized_parameters", "bytes" of the result, "quantized_bytes" and what these layers take in
+            bf16, "quantized_bytes_bf16".
+        sha256: Of the result's `model.safetensors`, as `SafetensorsReader.digest`.
+    """
+
+    tool_version: str
+    config: DuQuantConfig
+    architecture: Architecture
+    source: dict[str, Any]
+    layers: dict[str, LayerSpec]
+    folds: list[dict[str, Any]]
+    float_dtypes: dict[str, str]
+    counts: dict[str, int]
+    sha256: str
+
+    def types(self) -> dict[str, TensorType]:
+        """Dtype and shape of every tensor of `model.safetensors`."""
+        return output_types(self.architecture, self.layers, self.float_dtypes)
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes `folder/duquant.json`."""
+        values = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self) | {"config": self.config.to_json()}
+        (folder / MANIFEST_NAME).write_text(json.dumps(values, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: pathlib.Path) -> "Manifest":
+        """Reads `folder/duquant.json`.
+
+        Raises:
+            DuQuantError: If it is missing, of another format version, or damaged; says where.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            values = json.loads(path.read_text())
+            version = values.pop("format_version")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise DuQuantError(f"{path}: not a readable manifest ({error!r}); convert the source again") from None
+        if version != FORMAT_VERSION:
+            raise DuQuantError(
+                f"{path}: format version {version}, this openpi-duquant reads {FORMAT_VERSION}; "
+                "install a matching version or convert the source again"
+            )
+        try:
+            manifest = cls(
+                **values
+                | {
+                    "config": DuQuantConfig.from_json(values["config"]),
+                    "architecture": Architecture.from_json(values["architecture"]),
+                    "layers": {name: LayerSpec.from_json(name, spec) for name, spec in values["layers"].items()},
+                }
+            )
+            if manifest.counts["layers"] != len(manifest.layers):
+                raise DuQuantError(f"says {manifest.counts['layers']} quantized layers, lists {len(manifest.layers)}")
+            manifest.types()
+            return manifest
+        except (KeyError, TypeError, AttributeError, ValueError, DuQuantError) as error:
+            raise DuQuantError(f"{path}: damaged manifest ({error}); convert the source again") from None
+
+
+def output_types(
+    architecture: Architecture, layers: Mapping[str, LayerSpec], float_dtypes: Mapping[str, str]
+) -> dict[str, TensorType]:
+    """Dtype and shape of every tensor of a converted checkpoint.
+
+    Args:
+        architecture: Sizes of the policy.
+        layers: Its quantized layers.
+        float_dtypes: Dtype name of every floating-point tensor that is kept.
+    """
+    types: dict[str, TensorType] = {}
+    for name, shape in parameter_shapes(architecture).items():
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is None:
+            types[name] = getattr(torch, float_dtypes[name]), shape
+            continue
+        for tensor, kind in layer.tensors().items():
+            if tensor not in SHARED_TENSORS or layer.group == name.removesuffix(".weight"):
+                types[name.removesuffix("weight") + tensor] = kind
+    return types
+
+
+def kept_dtypes(types: Mapping[str, TensorType], layers: Iterable[str]) -> dict[str, str]:
+    """Dtype names of a source's tensors that stay in floating point.
+
+    The source's precision where openpi computes in fp32, else bf16; the expert's unused lm_head is left out.
+    """
+    quantized = {name + ".weight" for name in layers}
+    return {
+        name: str(dtype if kept_in_float32(name) else torch.bfloat16).removeprefix("torch.")
+        for name, (dtype, _) in types.items()
+        if name not in quantized and name != EXPERT_LM_HEAD
+    }

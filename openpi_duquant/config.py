@@ -1,0 +1,240 @@
+"""What a quantized policy is: `DuQuantConfig`, its presets, its JSON and its environment variables.
+
+This module imports nothing of ours, and it is the only one that reads the environment.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import difflib
+import os
+import re
+from typing import Any, Literal
+
+ENVIRONMENT_PREFIX = "OPENPI_DUQUANT_"
+
+LANGUAGE_MODEL = "paligemma_with_expert.paligemma.model.language_model."
+ACTION_EXPERT = "paligemma_with_expert.gemma_expert.model."
+ACTION_HEAD = r"^(action_in_proj|action_out_proj|time_mlp_in|time_mlp_out)$"
+
+
+class DuQuantError(Exception):
+    """A mistake a user can mend: its text says what is wrong, where, and what to do, in one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DuQuantConfig:
+    """Which layers are quantized, and how. Stored in every converted checkpoint.
+
+    Attributes:
+        scope: Only layers whose name starts with this.
+        include: Only layers whose name matches this regular expression (searched, not anchored).
+        exclude: No layer whose name matches this regular expression.
+        layers: Exactly these layers; scope, include and exclude are then ignored.
+        include_action_head: Also quantize action_in_proj, action_out_proj and the time MLP.
+        weight_bits: 4 or 8.
+        layer_bits: Weight bits of single layers, by name.
+        activation_bits: 8, or 16 to quantize weights only.
+        group_size: Input channels that share a weight scale; none means a whole row.
+        scale_search: Weight scales by least squared error ("mse") or by the largest weight ("max").
+        permute: Spread large input channels over the rotation blocks (zigzag).
+        smoothing: Share of the mean mixed into every channel's energy before the zigzag, 0 to 1.
+        rotation: Rotation of input channels: "hadamard", "svd" (right singular vectors) or "none".
+        rotation_block: Channels that are rotated together; a layer whose width it does not divide takes
+            the greatest common divisor.
+        row_rotation: Rotation of output rows: "0" (none) or "restore" (undone after the matmul).
+        output_rotation_block: Rows that are rotated together; none means rotation_block.
+        activation_percentile: Percentile at which calibrated (static) activation scales clip.
+        calibration_steps: 0 for dynamic per-token activation scales; static scales need calibration data.
+
+    Raises:
+        DuQuantError: On a value outside the ones named above.
+    """
+
+    scope: str = ""
+    include: str = r"\.(q|k|v|o|gate|up|down)_proj$"
+    exclude: str = r"vision_tower|multi_modal_projector|lm_head|embed"
+    layers: tuple[str, ...] = ()
+    include_action_head: bool = False
+    weight_bits: int = 4
+    layer_bits: dict[str, int] = dataclasses.field(default_factory=dict)
+    activation_bits: int = 8
+    group_size: int | None = None
+    scale_search: Literal["mse", "max"] = "mse"
+    permute: bool = True
+    smoothing: float = 0.15
+    rotation: Literal["hadamard", "svd", "none"] = "hadamard"
+    rotation_block: int = 64
+    row_rotation: Literal["0", "restore"] = "0"
+    output_rotation_block: int | None = None
+    activation_percentile: float = 99.9
+    calibration_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for message in _complaints(self):
+            raise DuQuantError(message)
+
+    @property
+    def output_block(self) -> int:
+        """Rows that are rotated together; 0 when output rows are not rotated."""
+        return 0 if self.row_rotation == "0" else self.output_rotation_block or self.rotation_block
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; `from_json` inverts it exactly."""
+        return dataclasses.asdict(self) | {"layers": list(self.layers)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "DuQuantConfig":
+        """The config that `to_json` wrote.
+
+        Raises:
+            DuQuantError: On an unknown or missing field, or a value of the wrong type.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != fields:
+            raise DuQuantError(f"DuQuantConfig: fields {sorted(fields ^ set(values))} are unknown or missing")
+        return cls(**{**values, "layers": tuple(values["layers"])})
+
+
+def _complaints(config: DuQuantConfig) -> list[str]:
+    def one_of(name: str, *allowed: object) -> tuple[bool, str]:
+        value = getattr(config, name)
+        return value in allowed, f"{name}: {value!r} is not one of {', '.join(map(str, allowed))}"
+
+    def power_of_two(value: int) -> bool:
+        return isinstance(value, int) and value > 1 and value & (value - 1) == 0
+
+    rules = [
+        one_of("weight_bits", 4, 8),
+        one_of("activation_bits", 8, 16),
+        one_of("scale_search", "mse", "max"),
+        one_of("rotation", "hadamard", "svd", "none"),
+        one_of("row_rotation", "0", "restore"),
+        (power_of_two(config.rotation_block), f"rotation_block: {config.rotation_block} is not a power of two above 1"),
+        (
+            config.output_rotation_block is None or power_of_two(config.output_rotation_block),
+            f"output_rotation_block: {config.output_rotation_block} is not a power of two above 1",
+        ),
+        (
+            config.row_rotation == "0" or config.rotation != "none",
+            "row_rotation: 'restore' needs a rotation ('hadamard' or 'svd')",
+        ),
+        (
+            config.group_size is None or (config.group_size > 0 and config.group_size % 2 == 0),
+            f"group_size: {config.group_size} is not a positive even number",
+        ),
+        (0 <= config.smoothing <= 1, f"smoothing: {config.smoothing} is not between 0 and 1"),
+        (
+            0 < config.activation_percentile <= 100,
+            f"activation_percentile: {config.activation_percentile} is not above 0 and at most 100",
+        ),
+        (
+            config.calibration_steps == 0,
+            f"calibration_steps: {config.calibration_steps} asks for static scales and needs calibration data; give 0",
+        ),
+    ]
+    rules += [(bits in (4, 8), f"layer_bits: {name}: {bits} is not 4 or 8") for name, bits in config.layer_bits.items()]
+    rules += [_regex_rule(name, getattr(config, name)) for name in ("include", "exclude")]
+    return [message for holds, message in rules if not holds]
+
+
+def _regex_rule(name: str, pattern: str) -> tuple[bool, str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return False, f"{name}: {pattern!r} is not a regular expression: {error}"
+    return True, ""
+
+
+_RESEARCH = DuQuantConfig(rotation="svd", rotation_block=16, row_rotation="restore")
+
+PRESETS: dict[str, DuQuantConfig] = {
+    "default": DuQuantConfig(),
+    "simple": DuQuantConfig(scope=ACTION_EXPERT, permute=False, rotation="none"),
+    "optimized": dataclasses.replace(_RESEARCH, scope=ACTION_EXPERT),
+    "dit_qkvo": dataclasses.replace(_RESEARCH, scope=ACTION_EXPERT, include=r"\.(q|k|v|o)_proj$"),
+    "llm": dataclasses.replace(_RESEARCH, scope=LANGUAGE_MODEL),
+    "full_llm_dit": dataclasses.replace(_RESEARCH, rotation_block=64),
+    "quantvla": dataclasses.replace(
+        _RESEARCH, rotation_block=64, exclude=_RESEARCH.exclude + r"|gemma_expert.*self_attn"
+    ),
+}
+"""The presets of the research launchers, and `default`, the best we know."""
+
+
+def preset(name: str) -> DuQuantConfig:
+    """The preset of that name.
+
+    Raises:
+        DuQuantError: If there is none; names the presets there are.
+    """
+    if name not in PRESETS:
+        raise DuQuantError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _flag(text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in values:
+        raise ValueError("is not 0 or 1")
+    return values[text.lower()]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _bits_by_name(text: str) -> dict[str, int]:
+    pairs = [entry.rsplit(":", 1) for entry in _names(text)]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError("is not of the form name:bits,name:bits")
+    return {name.strip(): int(bits) for name, bits in pairs}
+
+
+VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "SCOPE": ("scope", str),
+    "INCLUDE": ("include", str),
+    "EXCLUDE": ("exclude", str),
+    "LAYERS": ("layers", _names),
+    "INCLUDE_ACTION_HEAD": ("include_action_head", _flag),
+    "WBITS_DEFAULT": ("weight_bits", int),
+    "WBITS": ("layer_bits", _bits_by_name),
+    "ABITS": ("activation_bits", int),
+    "PERMUTE": ("permute", _flag),
+    "LS": ("smoothing", float),
+    "ROTATION": ("rotation", str),
+    "BLOCK": ("rotation_block", int),
+    "ROW_ROT": ("row_rotation", str),
+    "BLOCK_OUT": ("output_rotation_block", int),
+    "ACT_PCT": ("activation_percentile", float),
+    "CALIB_STEPS": ("calibration_steps", int),
+    "PACKDIR": ("packdir", str),
+    "DRYRUN": ("dry_run", _flag),
+}
+"""OPENPI_DUQUANT_<key>: the field of `DuQuantConfig` (or of the command) that it fills, and its parser."""
+
+
+def read_environment(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Fields set by OPENPI_DUQUANT_* variables; called once, at a command's entry.
+
+    Args:
+        environment: The variables; the process's own when none are given.
+
+    Raises:
+        DuQuantError: On an unknown variable or a malformed value; names it.
+    """
+    variables = os.environ if environment is None else environment
+    fields = {}
+    for name, text in sorted(variables.items()):
+        if not name.startswith(ENVIRONMENT_PREFIX):
+            continue
+        key = name.removeprefix(ENVIRONMENT_PREFIX)
+        if key not in VARIABLES:
+            near = difflib.get_close_matches(key, VARIABLES, n=1)
+            hint = f"; did you mean {ENVIRONMENT_PREFIX}{near[0]}?" if near else ""
+            raise DuQuantError(f"unknown environment variable {name}{hint}")
+        field, parse = VARIABLES[key]
+        try:
+            fields[field] = parse(text)
+        except ValueError as error:
+            raise DuQuantError(f"environment variable {name}={text!r}: {error}") from None
+    return fields

@@ -1,0 +1,237 @@
+"""Streaming conversion: one decoder layer at a time is read, folded, quantized and written."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import dataclasses
+import importlib.metadata
+import pathlib
+import shutil
+import tempfile
+
+from torch import Tensor
+
+from openpi_duquant.checkpoint.files import WEIGHTS_NAME
+from openpi_duquant.checkpoint.files import SafetensorsReader
+from openpi_duquant.checkpoint.files import SafetensorsWriter
+from openpi_duquant.checkpoint.files import TensorType
+from openpi_duquant.checkpoint.files import iter_bytes
+from openpi_duquant.checkpoint.manifest import MANIFEST_NAME
+from openpi_duquant.checkpoint.manifest import Manifest
+from openpi_duquant.checkpoint.manifest import kept_dtypes
+from openpi_duquant.checkpoint.manifest import output_types
+from openpi_duquant.config import DuQuantConfig
+from openpi_duquant.config import DuQuantError
+from openpi_duquant.engine.architecture import Architecture
+from openpi_duquant.engine.architecture import linear_shapes
+from openpi_duquant.folds import Fold
+from openpi_duquant.folds import apply_folds
+from openpi_duquant.folds import decoder_layer
+from openpi_duquant.folds import plan_folds
+from openpi_duquant.linear import LayerSpec
+from openpi_duquant.linear import plan_layers
+from openpi_duquant.linear import quantize_group
+from openpi_duquant.linear.quantize import members_by_group
+from openpi_duquant.linear.quantize import require_finite
+
+Progress = Callable[[int], None]
+"""Called with the number of source bytes done since the last call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A conversion before any weight is read.
+
+    Attributes:
+        config: What was asked for.
+        architecture: Sizes of the policy.
+        source: Dtype and shape of every tensor of the source.
+        layers: The quantized layers.
+        folds: The folds, in order.
+        float_dtypes: Dtype names of the tensors that stay in floating point.
+    """
+
+    config: DuQuantConfig
+    architecture: Architecture
+    source: dict[str, TensorType]
+    layers: dict[str, LayerSpec]
+    folds: list[Fold]
+    float_dtypes: dict[str, str]
+
+    @property
+    def types(self) -> dict[str, TensorType]:
+        """Dtype and shape of every tensor of the result."""
+        return output_types(self.architecture, self.layers, self.float_dtypes)
+
+    def counts(self) -> dict[str, int]:
+        """Layers, parameters and bytes, as `Manifest.counts`."""
+        parameters = sum(spec.in_features * spec.out_features for spec in self.layers.values())
+        types = self.types
+        quantized = {name: kind for name, kind in types.items() if _layer_of(name) in self.layers}
+        return {
+            "layers": len(self.layers),
+            "quantized_parameters": parameters,
+            "bytes": sum(iter_bytes(types)),
+            "quantized_bytes": sum(iter_bytes(quantized)),
+            "quantized_bytes_bf16": 2 * parameters,
+        }
+
+
+def _layer_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def make_plan(source: Mapping[str, TensorType], config: DuQuantConfig) -> Plan:
+    """Plans the conversion of a checkpoint with these tensors.
+
+    Raises:
+        DuQuantError: If it is not a pi0.5 checkpoint, or `config` selects nothing or does not fit it.
+    """
+    shapes = {name: shape for name, (_, shape) in source.items()}
+    architecture = Architecture.infer(shapes)
+    biased = [name.removesuffix(".bias") for name in shapes if name.endswith(".bias")]
+    specs = plan_layers(linear_shapes(shapes), biased, config)
+    folds, specs = plan_folds(shapes, specs, config)
+    return Plan(config, architecture, dict(source), specs, folds, kept_dtypes(source, specs))
+
+
+def convert(
+    source: pathlib.Path, target: pathlib.Path, config: DuQuantConfig, *, progress: Progress = lambda _: None
+) -> Manifest:
+    """Converts a checkpoint of openpi into a W4A8 checkpoint.
+
+    The result is written beside the target and renamed when it is whole.
+
+    Args:
+        source: Folder with `model.safetensors` (or its shards) and `assets/`.
+        target: Folder to make.
+        config: The configuration.
+        progress: Called with source bytes as they are done.
+
+    Returns:
+        The manifest of the result.
+
+    Raises:
+        DuQuantError: On a source that is missing, damaged, already converted, not finite or changed meanwhile; on a
+            target that exists; or as `make_plan`.
+    """
+    with open_source(source) as reader:
+        if target.exists():
+            raise DuQuantError(f"{target}: exists already; name another folder or remove it")
+        plan = make_plan(reader.types, config)
+        before = [path.stat() for path in reader.files]
+        with _renamed_when_whole(target) as partial:
+            with SafetensorsWriter(partial / WEIGHTS_NAME, plan.types) as writer:
+                for name, tensor in convert_tensors(reader.read, plan, progress):
+                    writer.write(name, tensor)
+            _copy_assets(source, partial)
+            manifest = _manifest(reader, plan, partial)
+            manifest.save(partial)
+            after = [path.stat() for path in reader.files]
+            if [(s.st_size, s.st_mtime_ns) for s in before] != [(s.st_size, s.st_mtime_ns) for s in after]:
+                raise DuQuantError(f"{source}: changed while it was read; convert it again when it is complete")
+    return manifest
+
+
+def open_source(source: pathlib.Path) -> SafetensorsReader:
+    """The reader of a checkpoint to convert.
+
+    Raises:
+        DuQuantError: If it is missing, damaged or already converted.
+    """
+    if (source / MANIFEST_NAME).exists():
+        raise DuQuantError(f"{source}: is converted already; convert the original checkpoint instead")
+    return SafetensorsReader(source)
+
+
+def convert_tensors(
+    read: Callable[[str], Tensor], plan: Plan, progress: Progress = lambda _: None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the result, one decoder layer of both Gemmas after the other.
+
+    Args:
+        read: Returns a tensor of the source by name.
+        plan: The plan.
+        progress: Called with source bytes as they are done.
+
+    Raises:
+        DuQuantError: On a weight that is not finite.
+    """
+    types = plan.types
+    for names in _units(plan):
+        weights = {name: read(name) for name in names}
+        for name, weight in weights.items():
+            require_finite(name, weight)
+        folds = [fold for fold in plan.folds if _within(fold, weights)]
+        weights = apply_folds(weights, folds, plan.layers, plan.config)
+        yield from _quantized(weights, plan)
+        for name in names:
+            if name in types:
+                yield name, weights[name].to(types[name][0])
+        progress(sum(iter_bytes({name: plan.source[name] for name in names})))
+
+
+def _units(plan: Plan) -> list[list[str]]:
+    """Names of source tensors that must be at hand together."""
+    units: dict[object, list[str]] = {}
+    for name in plan.source:
+        layer = plan.layers.get(_layer_of(name))
+        index = decoder_layer(name)
+        key = index if index is not None else layer.group if layer else name
+        units.setdefault(key, []).append(name)
+    return list(units.values())
+
+
+def _within(fold: Fold, weights: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith(fold.prefixes[0]) for name in weights)
+
+
+def _quantized(weights: Mapping[str, Tensor], plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    present = {layer: spec for layer, spec in plan.layers.items() if layer + ".weight" in weights}
+    types = plan.types
+    for layers in members_by_group(present).values():
+        tensors = quantize_group({layer: weights[layer + ".weight"] for layer in layers}, plan.layers, plan.config)
+        for layer, by_name in tensors.items():
+            for name, tensor in by_name.items():
+                if f"{layer}.{name}" in types:
+                    yield f"{layer}.{name}", tensor
+
+
+def _copy_assets(source: pathlib.Path, target: pathlib.Path) -> None:
+    if (source / "assets").is_dir():
+        shutil.copytree(source / "assets", target / "assets")
+    if (source / "config.json").is_file():
+        shutil.copy(source / "config.json", target)
+
+
+def _manifest(reader: SafetensorsReader, plan: Plan, target: pathlib.Path) -> Manifest:
+    with SafetensorsReader(target) as written:
+        digest = written.digest()
+    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in plan.source.values()})
+    return Manifest(
+        tool_version=importlib.metadata.version("openpi-duquant"),
+        config=plan.config,
+        architecture=plan.architecture,
+        source={
+            "sha256": reader.digest(),
+            "dtypes": dtypes,
+            "bytes": sum(iter_bytes(plan.source)),
+        },
+        layers=plan.layers,
+        folds=[fold.to_json() for fold in plan.folds],
+        float_dtypes=plan.float_dtypes,
+        counts=plan.counts(),
+        sha256=digest,
+    )
+
+
+@contextlib.contextmanager
+def _renamed_when_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder beside the target that becomes the target, or vanishes with whatever interrupts."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

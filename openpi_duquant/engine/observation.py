@@ -1,0 +1,106 @@
+"""What a policy sees, and the preprocessing that openpi does inside its model."""
+
+from collections.abc import Mapping
+import dataclasses
+
+import torch
+from torch import Tensor
+import torch.nn.functional as F  # noqa: N812
+
+from openpi_duquant.config import DuQuantError
+from openpi_duquant.engine.architecture import IMAGE_SIZE
+
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """A batch of observations, in openpi's terms.
+
+    Attributes:
+        images: By camera name, [B, H, W, 3] or [B, 3, H, W]; uint8, or floating point in [-1, 1].
+        image_masks: By camera name, [B] bool; a camera without a mask is live. A camera whose mask is False
+            everywhere needs no image.
+        tokenized_prompt: [B, L] int token ids.
+        tokenized_prompt_mask: [B, L] bool, False on padding.
+        state: [B, S] fp32 or None; pi0.5 reads it from the prompt, if at all.
+    """
+
+    images: Mapping[str, Tensor]
+    image_masks: Mapping[str, Tensor]
+    tokenized_prompt: Tensor
+    tokenized_prompt_mask: Tensor
+    state: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """What the language model reads: nothing that is masked in the whole batch.
+
+    Attributes:
+        images: [B, C, 3, 224, 224] fp32 in [-1, 1], of the cameras that are live anywhere in the batch.
+        image_mask: [B, C] bool.
+        tokens: [B, L] int64, cut behind the longest prompt of the batch.
+        token_mask: [B, L] bool.
+    """
+
+    images: Tensor
+    image_mask: Tensor
+    tokens: Tensor
+    token_mask: Tensor
+
+
+def preprocess(observation: Observation) -> Prefix:
+    """Brings images to 224 x 224 in [-1, 1] and drops what is masked.
+
+    Raises:
+        DuQuantError: On a live camera without an image, an image of a wrong shape or dtype, or no live camera at all.
+    """
+    tokens, token_mask = observation.tokenized_prompt, observation.tokenized_prompt_mask
+    live, masks = [], []
+    for camera in CAMERAS:
+        mask = observation.image_masks.get(camera)
+        if mask is None:
+            mask = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        if not mask.any():
+            continue
+        if camera not in observation.images:
+            raise DuQuantError(f"camera {camera} has no image: give one, or set image_masks[{camera!r}] to False")
+        live.append(prepare_image(camera, observation.images[camera]))
+        masks.append(mask)
+    if not live:
+        raise DuQuantError(f"every camera is masked: at least one of {', '.join(CAMERAS)} must be live")
+    used = token_mask.any(0)
+    return Prefix(torch.stack(live, 1), torch.stack(masks, 1), tokens[:, used].long(), token_mask[:, used])
+
+
+def prepare_image(camera: str, image: Tensor) -> Tensor:
+    """One camera's images as [B, 3, 224, 224] fp32 in [-1, 1], resized with black padding where they must be.
+
+    Args:
+        camera: Its name, for messages.
+        image: [B, H, W, 3] or [B, 3, H, W]; uint8, or floating point in [-1, 1].
+
+    Raises:
+        DuQuantError: On another shape or dtype.
+    """
+    if image.ndim != 4 or 3 not in (image.shape[1], image.shape[3]):
+        raise DuQuantError(f"camera {camera}: images {tuple(image.shape)} are neither [B, H, W, 3] nor [B, 3, H, W]")
+    if image.dtype == torch.uint8:
+        image = image.float() / 255.0 * 2.0 - 1.0
+    elif not image.is_floating_point():
+        raise DuQuantError(f"camera {camera}: images are {image.dtype}; give uint8, or floating point in [-1, 1]")
+    channels_first = image if image.shape[1] == 3 else image.permute(0, 3, 1, 2)
+    return resize_with_padding(channels_first.float())
+
+
+def resize_with_padding(image: Tensor, size: int = IMAGE_SIZE) -> Tensor:
+    """Scales [B, 3, H, W] to fit size x size (bilinear) and centres it on black (-1); as openpi does."""
+    height, width = image.shape[-2:]
+    if (height, width) == (size, size):
+        return image
+    ratio = max(height / size, width / size)
+    fitted = int(height / ratio), int(width / ratio)
+    image = F.interpolate(image, size=fitted, mode="bilinear", align_corners=False).clamp(-1.0, 1.0)
+    top, left = (size - fitted[0]) // 2, (size - fitted[1]) // 2
+    return F.pad(image, (left, size - fitted[1] - left, top, size - fitted[0] - top), value=-1.0)

@@ -1,0 +1,191 @@
+"""Exact changes to floating-point weights that take a transform off the run time.
+
+(a) `norm_gain`: Gemma's (1 + w) into the columns of all consumers of the norm; w becomes 0.
+(b) `down_permutation`: the permutation of `down`'s input into the rows of `gate` and `up` (GeGLU is elementwise).
+(c) `value_head`: one permutation and rotation of the value head per layer, into the rows of `v` and the columns of `o`,
+    the same for all query heads and in both models, because the expert attends to the language model's values.
+
+Each works on a dict of one decoder layer's tensors, whatever is quantized later; both runtimes read the result.
+"""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openpi_duquant import transforms
+from openpi_duquant.config import ACTION_EXPERT
+from openpi_duquant.config import LANGUAGE_MODEL
+from openpi_duquant.config import DuQuantConfig
+from openpi_duquant.linear import LayerSpec
+
+_DECODER_LAYER = re.compile(f"^({re.escape(LANGUAGE_MODEL)}|{re.escape(ACTION_EXPERT)})layers\\.(\\d+)\\.")
+_NORM_CONSUMERS = {
+    "input_layernorm.weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm.weight": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+Weights = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """One fold.
+
+    Attributes:
+        kind: "norm_gain", "down_permutation" or "value_head".
+        prefixes: The decoder layers it touches, as "...layers.3."; two for a value head.
+        norm: Of a norm gain, the norm's tensor within the layer.
+        permute: Of a value head, whether it is permuted.
+        rotation: Of a value head, "none", "hadamard" or "svd".
+        block: Of a value head, the rotation's block.
+    """
+
+    kind: str
+    prefixes: tuple[str, ...]
+    norm: str = ""
+    permute: bool = False
+    rotation: str = "none"
+    block: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that say something."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value}
+
+
+def decoder_layer(name: str) -> int | None:
+    """Index of the decoder layer that a tensor or module belongs to, of either Gemma; None elsewhere."""
+    match = _DECODER_LAYER.match(name)
+    return int(match[2]) if match else None
+
+
+def plan_folds(
+    tensors: Mapping[str, tuple[int, ...]], specs: Mapping[str, LayerSpec], config: DuQuantConfig
+) -> tuple[list[Fold], dict[str, LayerSpec]]:
+    """The folds that the selected layers call for, and the specs of what is left for the run time.
+
+    Args:
+        tensors: Shapes of all tensors of the checkpoint.
+        specs: What `plan_layers` returned.
+        config: The configuration.
+
+    Returns:
+        Folds in the order in which they are applied, and specs of the same layers.
+    """
+    prefixes = dict.fromkeys(match[0] for name in tensors if (match := _DECODER_LAYER.match(name)))
+    folds, remaining = [], dict(specs)
+    for prefix in prefixes:
+        for norm, consumers in _NORM_CONSUMERS.items():
+            if prefix + norm in tensors and any(prefix + consumer in specs for consumer in consumers):
+                folds.append(Fold("norm_gain", (prefix,), norm=norm))
+        down = prefix + "mlp.down_proj"
+        if down in specs and specs[down].permute:
+            folds.append(Fold("down_permutation", (prefix,)))
+            remaining[down] = dataclasses.replace(specs[down], permute=False)
+    for prefix in (prefix for prefix in prefixes if prefix.startswith(LANGUAGE_MODEL)):
+        both = prefix, prefix.replace(LANGUAGE_MODEL, ACTION_EXPERT)
+        fold = _plan_value_head(both, tensors, specs, config)
+        if fold:
+            folds.append(fold)
+            for output in _outputs(both, specs):
+                remaining[output] = dataclasses.replace(specs[output], permute=False, rotation="none", rotation_block=0)
+    return folds, remaining
+
+
+def _outputs(prefixes: Iterable[str], names: Iterable[str]) -> list[str]:
+    known = set(names)
+    return [name for prefix in prefixes if (name := prefix + "self_attn.o_proj") in known]
+
+
+def _plan_value_head(
+    prefixes: tuple[str, str],
+    tensors: Mapping[str, tuple[int, ...]],
+    specs: Mapping[str, LayerSpec],
+    config: DuQuantConfig,
+) -> Fold | None:
+    if not _outputs(prefixes, specs) or (not config.permute and config.rotation == "none"):
+        return None
+    head_dim = tensors[prefixes[0] + "self_attn.v_proj.weight"][0]
+    block = math.gcd(config.rotation_block, head_dim)
+    rotation = config.rotation if block > 1 else "none"
+    return Fold("value_head", prefixes, permute=config.permute, rotation=rotation, block=block)
+
+
+def apply_folds(
+    weights: Weights, folds: Iterable[Fold], specs: Mapping[str, LayerSpec], config: DuQuantConfig
+) -> Weights:
+    """Applies folds whose tensors are all in `weights`, in fp32.
+
+    Args:
+        weights: Tensors by name: at least those of the decoder layers that the folds name.
+        folds: From `plan_folds`.
+        specs: The quantized layers; a value head's transform is chosen by those among its `o` layers.
+        config: smoothing is read.
+
+    Returns:
+        All of `weights`, those that changed in fp32.
+    """
+    weights = dict(weights)
+    for fold in folds:
+        if fold.kind == "norm_gain":
+            weights |= fold_norm_gain(weights, fold.prefixes[0], fold.norm)
+        elif fold.kind == "down_permutation":
+            weights |= fold_down_permutation(weights, fold.prefixes[0], specs, config)
+        else:
+            weights |= fold_value_head(weights, fold, specs, config)
+    return weights
+
+
+def fold_norm_gain(weights: Weights, prefix: str, norm: str) -> Weights:
+    """Moves the gain (1 + w) [K] of a norm into the columns of its consumers [N, K]; returns what changed."""
+    gain = 1.0 + weights[prefix + norm].float()
+    names = [f"{prefix}{consumer}.weight" for consumer in _NORM_CONSUMERS[norm]]
+    return {name: weights[name].float() * gain for name in names} | {prefix + norm: torch.zeros_like(gain)}
+
+
+def fold_down_permutation(
+    weights: Weights, prefix: str, specs: Mapping[str, LayerSpec], config: DuQuantConfig
+) -> Weights:
+    """Permutes the rows of `gate` and `up` and the columns of `down`, by the zigzag of `down`; returns what changed."""
+    down = prefix + "mlp.down_proj"
+    energy = transforms.channel_energy(weights[down + ".weight"], config.smoothing)
+    block = specs[down].rotation_block or math.gcd(config.rotation_block, specs[down].in_features)
+    permutation = transforms.zigzag_permutation(energy, block)
+    inputs = prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"
+    rows = {name: weights[name][permutation] for name in inputs}
+    return rows | {down + ".weight": weights[down + ".weight"][:, permutation]}
+
+
+def fold_value_head(weights: Weights, fold: Fold, specs: Mapping[str, LayerSpec], config: DuQuantConfig) -> Weights:
+    """Permutes and rotates the value head in the rows of `v` and, head by head, the columns of `o`.
+
+    Returns:
+        The `v` and `o` weights of both models.
+    """
+    head_dim = len(weights[fold.prefixes[0] + "self_attn.v_proj.weight"])
+    permutation, rotation = _value_head_transform(weights, fold, specs, config, head_dim)
+    changed = {}
+    for prefix in fold.prefixes:
+        value, output = prefix + "self_attn.v_proj.weight", prefix + "self_attn.o_proj.weight"
+        changed[value] = transforms.rotate_rows(weights[value].float()[permutation], rotation)
+        by_head = weights[output].float().unflatten(1, (-1, head_dim))[..., permutation]
+        changed[output] = transforms.rotate(by_head, transforms.dual(rotation)).flatten(1)
+    return changed
+
+
+def _value_head_transform(
+    weights: Weights, fold: Fold, specs: Mapping[str, LayerSpec], config: DuQuantConfig, head_dim: int
+) -> tuple[Tensor, transforms.Rotation]:
+    """Permutation [D] and rotation that suit the quantized `o` layers, all heads taken together."""
+    outputs = _outputs(fold.prefixes, specs)
+    heads = torch.cat([weights[name + ".weight"].float().reshape(-1, head_dim) for name in outputs])
+    permutation = torch.arange(head_dim)
+    if fold.permute:
+        permutation = transforms.zigzag_permutation(transforms.channel_energy(heads, config.smoothing), fold.block)
+    if fold.rotation == "svd":
+        return permutation, transforms.singular_rotation(heads[:, permutation], fold.block)
+    return permutation, fold.block if fold.rotation == "hadamard" else None

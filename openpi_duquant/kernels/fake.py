@@ -1,0 +1,24 @@
+"""Fake quantization: the values the integers stand for, multiplied in fp32. The fallback and the cross-check."""
+
+import torch
+from torch import Tensor
+
+from openpi_duquant import packing
+from openpi_duquant import quant
+from openpi_duquant import transforms
+from openpi_duquant.kernels import reference
+
+
+def matmul(
+    a: Tensor,
+    act_scale: Tensor | None,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    output_rotation: transforms.Rotation,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `reference.matmul`, of dequantized operands; equal up to fp32 rounding."""
+    x = a.float() if act_scale is None else a.float() * act_scale
+    y = x @ quant.dequantize_weight(packing.unpack(weight_packed), weight_scale).T
+    return reference.epilogue(y, bias, output_rotation, dtype)

@@ -1,0 +1,95 @@
+"""The definition of every operation, in plain torch: true integers, exact accumulators."""
+
+import torch
+from torch import Tensor
+
+from openpi_duquant import packing
+from openpi_duquant import quant
+from openpi_duquant import transforms
+
+
+def transform(x: Tensor, permutation: Tensor | None, rotation: transforms.Rotation) -> Tensor:
+    """Permutes and rotates an activation, in fp32.
+
+    Args:
+        x: [M, K], floating point.
+        permutation: [K] int64, or None.
+        rotation: See `transforms.Rotation`.
+
+    Returns:
+        [M, K] fp32.
+    """
+    x = x.float()
+    if permutation is not None:
+        x = x.index_select(-1, permutation)
+    return transforms.rotate(x, rotation)
+
+
+def integer_matmul(codes: Tensor, weight: Tensor) -> Tensor:
+    """Exact int32 accumulators of codes x weight^T.
+
+    The integers are carried in floating point, which is exact while every partial sum stays below the mantissa:
+    fp32 (2^24) on a CPU where the bound allows, else fp64 (2^53).
+
+    Args:
+        codes: [..., M, k] int8 within -127..127.
+        weight: [..., N, k] int8.
+
+    Returns:
+        [..., M, N] int32.
+    """
+    largest = quant.ACTIVATION_MAX * 128 * weight.shape[-1]
+    exact = torch.float32 if codes.device.type == "cpu" and largest < 2**24 else torch.float64
+    return (codes.to(exact) @ weight.to(exact).mT).to(torch.int32)
+
+
+def accumulate(codes: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Accumulators under their weight scales, [M, N] fp32.
+
+    Args:
+        codes: [M, K] int8.
+        weight: [N, K] int8.
+        weight_scale: [N, G] fp32; a row of G > 1 scales has one accumulator a group.
+    """
+    rows, groups = weight_scale.shape
+    if groups == 1:
+        return integer_matmul(codes, weight) * weight_scale.T
+    by_group = codes.reshape(len(codes), groups, -1).transpose(0, 1), weight.reshape(rows, groups, -1).transpose(0, 1)
+    return (integer_matmul(*by_group) * weight_scale.T.unsqueeze(1)).sum(0)
+
+
+def epilogue(y: Tensor, bias: Tensor | None, output_rotation: transforms.Rotation, dtype: torch.dtype) -> Tensor:
+    """Restores rotated output rows, adds the bias, rounds to the output type; y [M, N] fp32."""
+    y = transforms.rotate(y, output_rotation)
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def matmul(
+    a: Tensor,
+    act_scale: Tensor | None,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    output_rotation: transforms.Rotation,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = (a . weight) * act_scale * weight_scale, restored, plus bias.
+
+    Args:
+        a: [M, K] int8 codes; or floating point, when act_scale is None (weights only).
+        act_scale: [M, 1] fp32, or None.
+        weight_packed: [N, K/2] uint8 (int4) or [N, K] int8, see `packing`.
+        weight_scale: [N, G] fp32.
+        bias: [N], or None.
+        output_rotation: Rotation that restores the output, see `transforms.Rotation`.
+        dtype: Type of the result.
+
+    Returns:
+        [M, N] dtype.
+    """
+    weight = packing.unpack(weight_packed)
+    if act_scale is None:
+        y = a.float() @ quant.dequantize_weight(weight, weight_scale).T
+    else:
+        y = accumulate(a, weight, weight_scale) * act_scale
+    return epilogue(y, bias, output_rotation, dtype)

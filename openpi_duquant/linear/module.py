@@ -1,0 +1,118 @@
+"""QuantLinear: a drop-in for nn.Linear whose weight is int4 or int8 and whose input is rounded to int8."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch import nn
+
+from openpi_duquant import kernels
+from openpi_duquant import quant
+from openpi_duquant import transforms
+from openpi_duquant.kernels import reference
+from openpi_duquant.linear.spec import LayerSpec
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T + b with W in `weight_packed` and `weight_scale`, x permuted, rotated and rounded per token.
+
+    Its tensors keep their dtypes whatever `.to(dtype)` the host calls: scales stay fp32. `dtype` follows the host's
+    casts and is what `.weight.dtype` answers; the output has the input's dtype.
+
+    Args:
+        spec: The layer.
+        backend: A name that `kernels.resolve` knows.
+        dtype: Floating-point type the host computes in.
+        device: Where the (uninitialised) tensors are made; "meta" for none.
+
+    Raises:
+        DuQuantError: On an unknown backend.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        backend: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.in_features = spec.in_features
+        self.out_features = spec.out_features
+        self.dtype = dtype
+        self.backend = kernels.resolve(backend)
+        tensors = dict.fromkeys(("permutation", "rotation", "output_rotation", "bias")) | spec.tensors()
+        if spec.bias:
+            tensors["bias"] = dtype, (spec.out_features,)
+        for name, shape in tensors.items():
+            self.register_buffer(name, shape and torch.empty(shape[1], dtype=shape[0], device=device))
+
+    @property
+    def weight(self) -> Tensor:
+        """A stand-in on the meta device: answers `.dtype` and `.shape` [N, K], holds nothing."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":  # noqa: FBT001, FBT002
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_scale.device)).dtype
+        return self
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Transforms x [..., K] and rounds it: codes [M, K] int8 and act_scale [M, 1]; weights only: fp32 and None."""
+        rotation = _rotation(self.spec.rotation, self.spec.rotation_block, self.rotation)
+        transformed = reference.transform(x.reshape(-1, self.in_features), self.permutation, rotation)
+        return (transformed, None) if self.spec.activation_bits == 16 else quant.quantize_activation(transformed)
+
+    def matmul(self, a: Tensor, act_scale: Tensor | None, like: Tensor) -> Tensor:
+        """The product with what `quantize_input(like)` returned: [..., N], the dtype of `like` [..., K]."""
+        restore = _rotation(self.spec.output_rotation, self.spec.output_rotation_block, self.output_rotation)
+        y = kernels.BACKENDS[self.backend](
+            a, act_scale, self.weight_packed, self.weight_scale, self.bias, restore, like.dtype
+        )
+        return y.reshape(*like.shape[:-1], self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K], floating point -> [..., N], the same dtype."""
+        return self.matmul(*self.quantize_input(x), x)
+
+    def extra_repr(self) -> str:
+        """As nn.Linear's, with bits, transforms and backend."""
+        spec = self.spec
+        return (
+            f"in_features={spec.in_features}, out_features={spec.out_features}, bias={spec.bias}, "
+            f"W{spec.weight_bits}A{spec.activation_bits}, permute={spec.permute}, rotation={spec.rotation} "
+            f"{spec.rotation_block}, backend={self.backend}"
+        )
+
+
+def _rotation(kind: str, block: int, matrices: Tensor | None) -> transforms.Rotation:
+    return block if kind == "hadamard" else matrices
+
+
+def shared_forward(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Outputs of layers that read one input; it is transformed and rounded once for those that share a group.
+
+    Args:
+        layers: nn.Linear or QuantLinear.
+        x: [..., K], floating point.
+
+    Returns:
+        [..., N_i] for every layer.
+    """
+    quantized: dict[str, tuple[Tensor, Tensor | None]] = {}
+    outputs = []
+    for layer in layers:
+        if not isinstance(layer, QuantLinear):
+            outputs.append(layer(x))
+            continue
+        if layer.spec.group not in quantized:
+            quantized[layer.spec.group] = layer.quantize_input(x)
+        outputs.append(layer.matmul(*quantized[layer.spec.group], x))
+    return outputs

@@ -1,0 +1,186 @@
+"""From floating-point weights to the tensors of quantized layers, group by group."""
+
+from collections.abc import Iterable, Mapping
+import math
+
+import torch
+from torch import Tensor
+from torch import nn
+
+from openpi_duquant import packing
+from openpi_duquant import quant
+from openpi_duquant import transforms
+from openpi_duquant.config import DuQuantConfig
+from openpi_duquant.config import DuQuantError
+from openpi_duquant.linear.module import QuantLinear
+from openpi_duquant.linear.select import select_linears
+from openpi_duquant.linear.spec import LayerSpec
+
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def group_leaders(names: Iterable[str]) -> dict[str, str]:
+    """Every layer's group: the first among q/k/v or gate/up siblings of those named, else the layer itself."""
+    leaders: dict[tuple[str, int | str], str] = {}
+    groups = {}
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        siblings = next((index for index, family in enumerate(_SIBLINGS) if child in family), child)
+        groups[name] = leaders.setdefault((parent, siblings), name)
+    return groups
+
+
+def members_by_group(specs: Mapping[str, LayerSpec]) -> dict[str, list[str]]:
+    """The layers of every group, in order."""
+    members: dict[str, list[str]] = {}
+    for name, spec in specs.items():
+        members.setdefault(spec.group, []).append(name)
+    return members
+
+
+def plan_layers(
+    shapes: Mapping[str, tuple[int, int]], biased: Iterable[str], config: DuQuantConfig
+) -> dict[str, LayerSpec]:
+    """Specs of the layers that `config` selects, every transform done at run time (see `folds` for what is folded).
+
+    A rotation block that does not divide a layer's width becomes the greatest common divisor of the two; where that
+    is 1, the layer is not rotated. The spec says which block it got.
+
+    Args:
+        shapes: (out_features, in_features) of every linear layer, by name.
+        biased: Those that have a bias.
+        config: The configuration.
+
+    Raises:
+        DuQuantError: If nothing is selected, or a width fits neither int4 packing nor the group size.
+    """
+    selected = select_linears(shapes, config)
+    groups = group_leaders(selected)
+    with_bias = set(biased)
+    specs = {}
+    for name in selected:
+        n, k = shapes[name]
+        bits = config.layer_bits.get(name, config.weight_bits)
+        if bits == 4 and k % 2:
+            raise DuQuantError(
+                f"{name}: in_features {k} is odd, int4 fills bytes in pairs; exclude it or give it 8 bits"
+            )
+        if config.group_size and k % config.group_size:
+            raise DuQuantError(f"{name}: in_features {k} is not a multiple of group_size {config.group_size}")
+        rotation, block = _fit(config.rotation, config.rotation_block, k)
+        output_rotation, output_block = _fit(config.rotation, config.output_block, n)
+        specs[name] = LayerSpec(
+            in_features=k,
+            out_features=n,
+            bias=name in with_bias,
+            weight_bits=bits,
+            activation_bits=config.activation_bits,
+            group_size=config.group_size,
+            permute=config.permute,
+            rotation=rotation,
+            rotation_block=block,
+            output_rotation=output_rotation,
+            output_rotation_block=output_block,
+            group=groups[name],
+        )
+    return specs
+
+
+def _fit(rotation: str, block: int, width: int) -> tuple[str, int]:
+    """Stored kind and block of a rotation for channels of that width."""
+    fitting = math.gcd(block, width) if block else 1
+    if rotation == "none" or fitting == 1:
+        return "none", 0
+    return ("hadamard" if rotation == "hadamard" else "matrix"), fitting
+
+
+def quantize_group(
+    weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], config: DuQuantConfig
+) -> dict[str, dict[str, Tensor]]:
+    """Quantizes layers that read one input, with one permutation and one rotation.
+
+    Args:
+        weights: [N_i, K] floating point, by layer name; all of one group.
+        specs: Their specs.
+        config: smoothing, scale_search and the block of the zigzag are read.
+
+    Returns:
+        By layer, the tensors that `LayerSpec.tensors` names; shared ones are the same object.
+    """
+    lead = specs[next(iter(weights))]
+    stacked = torch.cat([weight.float() for weight in weights.values()])
+    shared: dict[str, Tensor] = {}
+    if lead.permute:
+        energy = transforms.channel_energy(stacked, config.smoothing)
+        block = lead.rotation_block or math.gcd(config.rotation_block, lead.in_features)
+        shared["permutation"] = transforms.zigzag_permutation(energy, block)
+        stacked = stacked[:, shared["permutation"]]
+    rotation: transforms.Rotation = lead.rotation_block or None
+    if lead.rotation == "matrix":
+        rotation = transforms.singular_rotation(stacked, lead.rotation_block).bfloat16()
+        shared["rotation"] = rotation
+    stacked = transforms.rotate(stacked, transforms.dual(rotation))
+    parts = stacked.split([specs[name].out_features for name in weights])
+    return {name: shared | _quantize_rows(part, specs[name], config) for name, part in zip(weights, parts)}
+
+
+def _quantize_rows(weight: Tensor, spec: LayerSpec, config: DuQuantConfig) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    restore: transforms.Rotation = spec.output_rotation_block or None
+    if spec.output_rotation == "matrix":
+        vectors = transforms.singular_rotation(weight.T, spec.output_rotation_block)
+        restore = vectors.mT.contiguous().bfloat16()
+        tensors["output_rotation"] = restore
+    weight = transforms.rotate_rows(weight, transforms.inverse(restore))
+    scale = quant.weight_scale(weight, spec.weight_bits, spec.group_size, config.scale_search)
+    codes = quant.quantize_weight(weight, scale, spec.weight_bits)
+    return tensors | {"weight_packed": packing.pack(codes, spec.weight_bits), "weight_scale": scale}
+
+
+def quantize_(model: nn.Module, config: DuQuantConfig, *, backend: str = "auto") -> dict[str, LayerSpec]:
+    """Replaces the selected nn.Linear layers of any model by `QuantLinear`, in place; nothing is folded.
+
+    A layer that the model holds under two names is replaced under both.
+
+    Args:
+        model: Any module.
+        config: The configuration.
+        backend: A name that `kernels.resolve` knows.
+
+    Returns:
+        The specs of the replaced layers, by name.
+
+    Raises:
+        DuQuantError: As `plan_layers`, and on a weight that is not finite.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    shapes = {name: (module.out_features, module.in_features) for name, module in linears.items()}
+    specs = plan_layers(shapes, [name for name, module in linears.items() if module.bias is not None], config)
+    replacements: dict[int, QuantLinear] = {}
+    for names in members_by_group(specs).values():
+        weights = {name: linears[name].weight.detach() for name in names}
+        for name, weight in weights.items():
+            require_finite(name, weight)
+        for name, tensors in quantize_group(weights, specs, config).items():
+            replacements[id(linears[name])] = quant_linear(linears[name], specs[name], tensors, backend)
+    for parent in list(model.modules()):
+        for child, module in list(parent.named_children()):
+            if id(module) in replacements:
+                setattr(parent, child, replacements[id(module)])
+    return specs
+
+
+def require_finite(name: str, weight: Tensor) -> None:
+    """Raises DuQuantError, naming the weight, if it holds NaN or Inf."""
+    if weight.is_floating_point() and not torch.isfinite(weight.abs().amax()):
+        raise DuQuantError(f"{name}: the weight holds NaN or Inf; a policy with such a weight cannot be quantized")
+
+
+def quant_linear(linear: nn.Linear, spec: LayerSpec, tensors: Mapping[str, Tensor], backend: str) -> QuantLinear:
+    """The `QuantLinear` that takes the place of `linear`, with tensors from `quantize_group`."""
+    layer = QuantLinear(spec, backend=backend, dtype=linear.weight.dtype, device="meta")
+    state = {name: tensor.to(linear.weight.device) for name, tensor in tensors.items()}
+    if linear.bias is not None:
+        state["bias"] = linear.bias.detach()
+    layer.load_state_dict(state, assign=True)
+    return layer.train(linear.training)

@@ -1,0 +1,74 @@
+"""What one quantized layer is: all that is needed to build it empty and to name its tensors."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import torch
+
+from openpi_duquant.config import DuQuantError
+
+SHARED_TENSORS = ("permutation", "rotation")
+"""Tensors that the layers of one group have in common."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """One quantized layer.
+
+    Attributes:
+        in_features: K.
+        out_features: N.
+        bias: Whether there is a bias.
+        weight_bits: 4 or 8.
+        activation_bits: 8, or 16 (weights only).
+        group_size: Input channels to a weight scale; None for the whole row.
+        permute: Whether input channels are permuted at run time.
+        rotation: Run-time rotation of input channels: "none", "hadamard" or "matrix".
+        rotation_block: B of that rotation, 0 for none.
+        output_rotation: Run-time restore of rotated output rows: "none", "hadamard" or "matrix".
+        output_rotation_block: B of that, 0 for none.
+        group: First layer of those that read the same input and share permutation and rotation.
+    """
+
+    in_features: int
+    out_features: int
+    bias: bool
+    weight_bits: int
+    activation_bits: int
+    group_size: int | None
+    permute: bool
+    rotation: str
+    rotation_block: int
+    output_rotation: str
+    output_rotation_block: int
+    group: str
+
+    @classmethod
+    def from_json(cls, name: str, values: Mapping[str, Any]) -> "LayerSpec":
+        """The spec stored in a manifest.
+
+        Raises:
+            DuQuantError: On unknown or missing fields.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != fields:
+            raise DuQuantError(f"layer {name}: its record must have exactly the fields {', '.join(sorted(fields))}")
+        return cls(**values)
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every tensor of the layer but its bias, whose dtype is the source's."""
+        n, k = self.out_features, self.in_features
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "weight_packed": (torch.uint8, (n, k // 2)) if self.weight_bits == 4 else (torch.int8, (n, k)),
+            "weight_scale": (torch.float32, (n, k // (self.group_size or k))),
+        }
+        if self.permute:
+            tensors["permutation"] = torch.int64, (k,)
+        if self.rotation == "matrix":
+            b = self.rotation_block
+            tensors["rotation"] = torch.bfloat16, (k // b, b, b)
+        if self.output_rotation == "matrix":
+            b = self.output_rotation_block
+            tensors["output_rotation"] = torch.bfloat16, (n // b, b, b)
+        return tensors
