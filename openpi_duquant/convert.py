@@ -157,17 +157,27 @@ def convert_tensors(
         DuQuantError: On a weight that is not finite.
     """
     types = plan.types
+    for weights in _folded_units(read, plan):
+        yield from _quantized(weights, plan)
+        for name, weight in weights.items():
+            if name in types:
+                yield name, weight.to(types[name][0])
+        progress(sum(iter_bytes({name: plan.source[name] for name in weights})))
+
+
+def folded_tensors(read: Callable[[str], Tensor], plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the source with the folds of the plan, not quantized; those that changed in fp32."""
+    for weights in _folded_units(read, plan):
+        yield from weights.items()
+
+
+def _folded_units(read: Callable[[str], Tensor], plan: Plan) -> Iterator[dict[str, Tensor]]:
     for names in _units(plan):
         weights = {name: read(name) for name in names}
         for name, weight in weights.items():
             require_finite(name, weight)
         folds = [fold for fold in plan.folds if _within(fold, weights)]
-        weights = apply_folds(weights, folds, plan.layers, plan.config)
-        yield from _quantized(weights, plan)
-        for name in names:
-            if name in types:
-                yield name, weights[name].to(types[name][0])
-        progress(sum(iter_bytes({name: plan.source[name] for name in names})))
+        yield apply_folds(weights, folds, plan.layers, plan.config)
 
 
 def _units(plan: Plan) -> list[list[str]]:

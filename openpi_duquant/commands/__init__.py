@@ -1,0 +1,30 @@
+"""The commands, as `openpi-duquant <command>` and as `tools/<command>.py`."""
+
+from collections.abc import Callable
+import sys
+
+import tyro
+
+from openpi_duquant.commands.convert_checkpoint import convert_checkpoint
+from openpi_duquant.commands.demo import demo
+from openpi_duquant.commands.make_checkpoint import make_checkpoint
+from openpi_duquant.config import DuQuantError
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "convert-checkpoint": convert_checkpoint,
+    "make-checkpoint": make_checkpoint,
+    "demo": demo,
+}
+
+
+def main(command: str | None = None) -> None:
+    """Runs a command, by name or the one that the command line names; mistakes end in one line and exit status 1."""
+    try:
+        if command:
+            tyro.cli(COMMANDS[command])
+        else:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="openpi-duquant")
+    except (DuQuantError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; nothing was left behind")

@@ -1,0 +1,149 @@
+"""openpi-duquant demo: convert a checkpoint with several presets and compare them with the original."""
+
+from collections.abc import Callable
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+import time
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from openpi_duquant import synthetic
+from openpi_duquant.accuracy import layer_errors
+from openpi_duquant.accuracy import relative_error
+from openpi_duquant.checkpoint import SafetensorsReader
+from openpi_duquant.checkpoint import load_policy
+from openpi_duquant.checkpoint.files import iter_bytes
+from openpi_duquant.checkpoint.load import assemble
+from openpi_duquant.commands.comparison import markdown
+from openpi_duquant.commands.comparison import plot
+from openpi_duquant.commands.console import byte_progress
+from openpi_duquant.commands.console import console
+from openpi_duquant.config import preset as preset_config
+from openpi_duquant.convert import convert
+from openpi_duquant.convert import folded_tensors
+from openpi_duquant.convert import make_plan
+from openpi_duquant.engine import Architecture
+from openpi_duquant.engine import Observation
+from openpi_duquant.engine import Policy
+from openpi_duquant.engine.architecture import SMALL
+from openpi_duquant.report import stamp
+from openpi_duquant.report import write_json
+
+BACKENDS = ("fake", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One observation, the noise it starts from, and how policies are loaded and run on it."""
+
+    observation: Observation
+    noise: Tensor
+    num_steps: int
+    dtype: torch.dtype
+
+    def run(self, policy: Policy) -> Tensor:
+        """The actions [1, action_horizon, action_dim]."""
+        return policy.sample_actions(self.observation, self.noise, num_steps=self.num_steps)
+
+    def timed(self, policy: Policy) -> tuple[Tensor, float]:
+        """The actions, and the least seconds of three calls after one that is not counted."""
+        actions = self.run(policy)
+        return actions, min(_seconds(lambda: self.run(policy)) for _ in range(3))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def demo(
+    *,
+    output: pathlib.Path = pathlib.Path("out/demo"),
+    checkpoint: pathlib.Path | None = None,
+    presets: tuple[str, ...] = ("default", "optimized", "simple"),
+    num_steps: int = 10,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    seed: int = 0,
+) -> None:
+    """Convert a pi0.5 checkpoint with several presets and compare each with the original, on a CPU.
+
+    All run on one LIBERO-like observation from the same noise. Writes comparison.md, .json and .png.
+
+    Args:
+        output: Folder for the comparison; files of an earlier one are replaced.
+        checkpoint: A checkpoint of openpi; a small random one is made when not given.
+        presets: Presets to compare.
+        num_steps: Denoising steps.
+        dtype: Type that policies compute in.
+        seed: Of the random checkpoint, observation and noise.
+    """
+    configs = {name: preset_config(name) for name in presets}
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=output) as scratch:
+        folder = pathlib.Path(scratch)
+        source = checkpoint
+        if source is None:
+            source = folder / "pi05-small"
+            synthetic.make_checkpoint(source, SMALL, seed=seed)
+        with SafetensorsReader(source) as reader:
+            architecture, source_bytes = Architecture.infer(reader.shapes), sum(iter_bytes(reader.types))
+        observation, noise = synthetic.libero_like_observation(architecture, seed=seed)
+        trial = Trial(observation, noise, num_steps, getattr(torch, dtype))
+        original = trial.timed(load_policy(source, dtype=trial.dtype))
+        rows = []
+        for name, config in configs.items():
+            with byte_progress(f"Converting with {name}", source_bytes) as progress:
+                manifest = convert(source, folder / name, config, progress=progress)
+            rows.append(_compare(name, source, folder / name, trial, original) | manifest.counts)
+    results = {
+        "random_weights": checkpoint is None,
+        "architecture": dataclasses.asdict(architecture),
+        "num_steps": num_steps,
+        "dtype": dtype,
+        "seed": seed,
+        "original_bytes": source_bytes,
+        "presets": rows,
+        "stamp": stamp(),
+    }
+    write_json(output / "comparison.json", results)
+    (output / "comparison.md").write_text(markdown(results))
+    plot(results, output / "comparison.png")
+    console.print(markdown(results))
+    console.print(f"wrote {output / 'comparison.md'}, .json and .png")
+
+
+def _compare(
+    name: str, source: pathlib.Path, converted: pathlib.Path, trial: Trial, original: tuple[Tensor, float]
+) -> dict[str, Any]:
+    """Action error and time on every backend, and the error of every layer that is called."""
+    expected, original_seconds = original
+    backends = {}
+    for backend in BACKENDS:
+        policy = load_policy(converted, backend=backend, dtype=trial.dtype)
+        actions, seconds = trial.timed(policy)
+        backends[backend] = {
+            "action_error": relative_error(actions, expected),
+            "largest_action_difference": (actions - expected).abs().max().item(),
+            "time_relative_to_original": seconds / original_seconds,
+        }
+    errors = layer_errors(_folded(source, name, trial.dtype), policy, trial.run)
+    return {
+        "preset": name,
+        "backends": backends,
+        "layer_errors": errors,
+        "median_layer_error": statistics.median(errors.values()),
+        "worst_layer": max(errors, key=errors.__getitem__),
+    }
+
+
+def _folded(source: pathlib.Path, preset: str, dtype: torch.dtype) -> Policy:
+    """The original with the folds of a preset, not quantized: what its layers are compared with."""
+    with SafetensorsReader(source) as reader:
+        plan = make_plan(reader.types, preset_config(preset))
+        state = dict(folded_tensors(reader.read, plan))
+        return assemble(plan.architecture, state, {}, backend="auto", dtype=dtype)

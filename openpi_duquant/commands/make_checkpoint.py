@@ -1,0 +1,41 @@
+"""openpi-duquant make-checkpoint."""
+
+import math
+import pathlib
+from typing import Literal
+
+import torch
+import tyro
+
+from openpi_duquant import synthetic
+from openpi_duquant.commands.console import byte_progress
+from openpi_duquant.commands.console import console
+from openpi_duquant.engine.architecture import PI05
+from openpi_duquant.engine.architecture import SMALL
+
+
+def make_checkpoint(
+    folder: tyro.conf.Positional[pathlib.Path],
+    *,
+    size: Literal["small", "full"] = "small",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    seed: int = 0,
+    action_horizon: int = 10,
+) -> None:
+    """Make a random pi0.5 checkpoint in openpi's exact format, with outlier channels as trained models have them.
+
+    Args:
+        folder: Folder to make.
+        size: small takes seconds and megabytes, full is the released model's 3.6 billion parameters.
+        dtype: Of all tensors.
+        seed: Of the random weights.
+        action_horizon: Recorded in config.json.
+    """
+    architecture = {"small": SMALL, "full": PI05}[size]
+    kind: torch.dtype = getattr(torch, dtype)
+    total = sum(map(math.prod, synthetic.checkpoint_shapes(architecture).values())) * kind.itemsize
+    with byte_progress(f"Making {folder.name}", total) as progress:
+        synthetic.make_checkpoint(
+            folder, architecture, seed=seed, dtype=kind, action_horizon=action_horizon, progress=progress
+        )
+    console.print(f"wrote {folder}: {total:,} bytes of random weights, of no use but for trying things out")
