@@ -14,7 +14,7 @@ ENVIRONMENT_PREFIX = "OPENPI_DUQUANT_"
 
 LANGUAGE_MODEL = "paligemma_with_expert.paligemma.model.language_model."
 ACTION_EXPERT = "paligemma_with_expert.gemma_expert.model."
-ACTION_HEAD = r"^(action_in_proj|action_out_proj|time_mlp_in|time_mlp_out)$"
+ACTION_HEAD = r"^(action_in_proj|action_out_proj|state_proj|(action_)?time_mlp_(in|out))$"
 
 
 class DuQuantError(Exception):
@@ -30,7 +30,7 @@ class DuQuantConfig:
         include: Only layers whose name matches this regular expression (searched, not anchored).
         exclude: No layer whose name matches this regular expression.
         layers: Exactly these layers; scope, include and exclude are then ignored.
-        include_action_head: Also quantize action_in_proj, action_out_proj and the time MLP.
+        include_action_head: Also quantize action_in_proj, action_out_proj, state_proj and the time MLP.
         weight_bits: 4 or 8.
         layer_bits: Weight bits of single layers, by name.
         activation_bits: 8, or 16 to quantize weights only.

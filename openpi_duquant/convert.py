@@ -84,7 +84,7 @@ def make_plan(source: Mapping[str, TensorType], config: DuQuantConfig) -> Plan:
     """Plans the conversion of a checkpoint with these tensors.
 
     Raises:
-        DuQuantError: If it is not a pi0.5 checkpoint, or `config` selects nothing or does not fit it.
+        DuQuantError: If it is not a pi0 or pi0.5 checkpoint, or `config` selects nothing or does not fit it.
     """
     shapes = {name: shape for name, (_, shape) in source.items()}
     architecture = Architecture.infer(shapes)

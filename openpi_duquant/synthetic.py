@@ -1,4 +1,4 @@
-"""Random pi0.5 checkpoints in openpi's exact format, with outlier channels as trained models have them."""
+"""Random pi0 and pi0.5 checkpoints in openpi's exact format, with outlier channels as trained models have them."""
 
 from collections.abc import Callable
 import json
@@ -123,7 +123,7 @@ def _norm_stats() -> dict[str, dict[str, list[float]]]:
 def libero_like_observation(
     architecture: Architecture, *, seed: int = 0, action_horizon: int = 10, prompt_tokens: int = 24
 ) -> tuple[Observation, Tensor]:
-    """One observation as pi05_libero sees it, and the noise to start from: two live cameras, the third masked.
+    """One observation as pi05_libero (or pi0_libero) sees it, and the noise to start from: two live cameras, the third masked.
 
     Args:
         architecture: Sizes.
@@ -144,6 +144,6 @@ def libero_like_observation(
         image_masks={camera: torch.tensor([index < 2]) for index, camera in enumerate(CAMERAS)},
         tokenized_prompt=tokens,
         tokenized_prompt_mask=torch.arange(200)[None] < prompt_tokens,
-        state=torch.zeros(1, 8),
+        state=torch.rand(1, architecture.action_dim, generator=generator) * 2 - 1,
     )
     return observation, torch.randn(1, action_horizon, architecture.action_dim, generator=generator)

@@ -5,6 +5,7 @@ import pathlib
 
 import torch
 from torch import Tensor
+from torch import nn
 
 from openpi_duquant.checkpoint.files import SafetensorsReader
 from openpi_duquant.checkpoint.files import TensorType
@@ -14,6 +15,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.architecture import Architecture
 from openpi_duquant.engine.architecture import kept_in_float32
 from openpi_duquant.engine.policy import Policy
+from openpi_duquant.engine.policy import build_policy
 from openpi_duquant.linear import LayerSpec
 from openpi_duquant.linear import QuantLinear
 from openpi_duquant.linear.spec import SHARED_TENSORS
@@ -86,11 +88,10 @@ def assemble(
         DuQuantError: If a tensor is missing or of a wrong shape.
     """
     with torch.device("meta"):
-        policy = Policy(architecture)
-        for name, spec in layers.items():
-            _replace(policy, name, QuantLinear(spec, backend=backend, dtype=dtype))
+        policy = build_policy(architecture)
+    place_quant_linears(policy, layers, backend=backend, dtype=dtype)
     used = policy.state_dict()
-    present = _expanded(state, layers).items()
+    present = with_shared_tensors(state, layers).items()
     tensors = {name: _cast(name, tensor, used, dtype).to(device) for name, tensor in present if name in used}
     try:
         policy.load_state_dict(tensors, assign=True)
@@ -99,18 +100,23 @@ def assemble(
     return policy.requires_grad_(requires_grad=False).eval()
 
 
-def _replace(policy: Policy, name: str, layer: QuantLinear) -> None:
-    """Puts the layer in its place; a layer of the checkpoint that the engine leaves out stays left out."""
-    parent, _, child = name.rpartition(".")
-    try:
-        owner = policy.get_submodule(parent)
-    except AttributeError:
-        return
-    if hasattr(owner, child):
-        setattr(owner, child, layer)
+def place_quant_linears(
+    model: nn.Module, layers: Mapping[str, LayerSpec], *, backend: str, dtype: torch.dtype
+) -> list[str]:
+    """Puts empty quantized layers (on the meta device) where `model` has layers of these names; returns those names.
+
+    The engine leaves out layers that nothing reads; of those that a checkpoint has, the rest is placed.
+    """
+    modules = dict(model.named_modules())
+    placed = [name for name in layers if name in modules]
+    for name in placed:
+        parent, _, child = name.rpartition(".")
+        layer = QuantLinear(layers[name], backend=backend, dtype=dtype, device="meta")
+        setattr(modules[parent], child, layer)
+    return placed
 
 
-def _expanded(state: Mapping[str, Tensor], layers: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
+def with_shared_tensors(state: Mapping[str, Tensor], layers: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
     """The state with every group's shared tensors under each of its layers' names (one object, no copy)."""
     shared = {
         f"{name}.{tensor}": state[f"{spec.group}.{tensor}"]

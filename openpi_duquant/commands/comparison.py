@@ -74,7 +74,8 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
     action.legend(title="backend")
     for row in rows:
         layers.plot(sorted(row["layer_errors"].values(), reverse=True), marker=".", label=row["preset"])
-    layers.set(title="Error of every layer, largest first", xlabel="layer", ylabel="relative error", yscale="log")
+    layers.set(title="Error of every layer, largest first", xlabel="layer", ylabel="relative error")
+    layers.set_ylim(bottom=0)
     layers.legend()
     if results["random_weights"]:
         figure.suptitle("Random weights: errors are no accuracy figure")

@@ -49,7 +49,7 @@ def convert_checkpoint(
     dry_run: bool = False,
     config: tyro.conf.OmitArgPrefixes[Overrides] = Overrides(),  # noqa: B008
 ) -> None:
-    """Convert a pi0.5 PyTorch checkpoint of openpi into a W4A8 checkpoint.
+    """Convert a pi0 or pi0.5 PyTorch checkpoint of openpi into a W4A8 checkpoint.
 
     A field of the configuration is taken from the command line, else from its OPENPI_DUQUANT_* variable, else from the
     preset.

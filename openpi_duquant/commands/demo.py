@@ -70,7 +70,7 @@ def demo(
     dtype: Literal["float32", "bfloat16"] = "float32",
     seed: int = 0,
 ) -> None:
-    """Convert a pi0.5 checkpoint with several presets and compare each with the original, on a CPU.
+    """Convert a pi0 or pi0.5 checkpoint with several presets and compare each with the original, on a CPU.
 
     All run on one LIBERO-like observation from the same noise. Writes comparison.md, .json and .png.
 

@@ -1,5 +1,6 @@
 """openpi-duquant make-checkpoint."""
 
+import dataclasses
 import math
 import pathlib
 from typing import Literal
@@ -17,21 +18,23 @@ from openpi_duquant.engine.architecture import SMALL
 def make_checkpoint(
     folder: tyro.conf.Positional[pathlib.Path],
     *,
+    model: Literal["pi05", "pi0"] = "pi05",
     size: Literal["small", "full"] = "small",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     seed: int = 0,
     action_horizon: int = 10,
 ) -> None:
-    """Make a random pi0.5 checkpoint in openpi's exact format, with outlier channels as trained models have them.
+    """Make a random pi0.5 or pi0 checkpoint in openpi's exact format, with outlier channels as trained models have them.
 
     Args:
         folder: Folder to make.
+        model: The policy.
         size: small takes seconds and megabytes, full is the released model's 3.6 billion parameters.
         dtype: Of all tensors.
         seed: Of the random weights.
         action_horizon: Recorded in config.json.
     """
-    architecture = {"small": SMALL, "full": PI05}[size]
+    architecture = dataclasses.replace({"small": SMALL, "full": PI05}[size], pi05=model == "pi05")
     kind: torch.dtype = getattr(torch, dtype)
     total = sum(map(math.prod, synthetic.checkpoint_shapes(architecture).values())) * kind.itemsize
     with byte_progress(f"Making {folder.name}", total) as progress:

@@ -33,14 +33,15 @@ class TransformerSize:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Sizes of a pi0.5 policy. Attention has one key/value head for all query heads, in both Gemmas.
+    """Sizes of a pi0 or pi0.5 policy. Attention has one key/value head for all query heads, in both Gemmas.
 
     Attributes:
         vision: SigLIP.
         language: Gemma, the language model.
-        expert: Gemma with adaRMS, the action expert.
+        expert: Gemma, the action expert; with adaRMS in pi0.5.
         vocab_size: Rows of the token embedding.
-        action_dim: Width of an action (padded, 32 in released checkpoints).
+        action_dim: Width of an action and of the state (padded, 32 in released checkpoints).
+        pi05: pi0.5, which modulates the expert by the time step; pi0 puts time and state into its input.
     """
 
     vision: TransformerSize
@@ -48,31 +49,30 @@ class Architecture:
     expert: TransformerSize
     vocab_size: int
     action_dim: int
+    pi05: bool = True
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Architecture":
         """The inverse of `dataclasses.asdict`."""
         sizes = {name: TransformerSize(**values[name]) for name in ("vision", "language", "expert")}
-        return cls(**sizes, vocab_size=values["vocab_size"], action_dim=values["action_dim"])
+        return cls(**values | sizes)
 
     @classmethod
     def infer(cls, shapes: Mapping[str, tuple[int, ...]]) -> "Architecture":
         """The architecture of a checkpoint with these tensors, all of them checked.
 
         Raises:
-            DuQuantError: If they are not those of a pi0.5 checkpoint of openpi; names the first that differs.
+            DuQuantError: If they are not those of a pi0 or pi0.5 checkpoint of openpi; names the first that differs.
         """
-        if "action_time_mlp_in.weight" in shapes:
-            raise DuQuantError("this is a pi0 checkpoint; this version converts and runs pi0.5 only")
         try:
             found = cls._read(shapes)
-        except KeyError as error:
-            raise DuQuantError(f"not a pi0.5 checkpoint of openpi: tensor {error.args[0]} is missing") from None
+        except (KeyError, ValueError) as error:
+            raise DuQuantError(f"not a pi0 or pi0.5 checkpoint of openpi: tensor {error.args[0]} is missing") from None
         expected = parameter_shapes(found)
         for name in sorted(set(expected) | (set(shapes) - {EXPERT_LM_HEAD})):
             if expected.get(name) != shapes.get(name):
                 raise DuQuantError(
-                    f"not a pi0.5 checkpoint of openpi: tensor {name} has shape {shapes.get(name, 'none (missing)')}, "
+                    f"not a pi0 or pi0.5 checkpoint of openpi: tensor {name} is {shapes.get(name, 'missing')}, "
                     f"expected {expected.get(name, 'no such tensor')}"
                 )
         return found
@@ -87,6 +87,7 @@ class Architecture:
             expert=_gemma_size(shapes, ACTION_EXPERT),
             vocab_size=shapes[EMBEDDING + ".weight"][0],
             action_dim=shapes["action_out_proj.weight"][0],
+            pi05="action_time_mlp_in.weight" not in shapes,
         )
 
 
@@ -97,7 +98,7 @@ PI05 = Architecture(
     vocab_size=257152,
     action_dim=32,
 )
-"""The released pi0.5."""
+"""The released pi0.5; pi0 differs in `pi05` alone."""
 
 SMALL = Architecture(
     vision=TransformerSize(144, 2, 272, 2, 72),
@@ -110,6 +111,7 @@ SMALL = Architecture(
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
+    """Layers whose tensor, named by the pattern, is there."""
     depth = 0
     while pattern.format(depth) in shapes:
         depth += 1
@@ -134,22 +136,32 @@ def parameter_shapes(architecture: Architecture) -> Shapes:
         VISION_MODEL + "embeddings.position_embedding.weight": ((IMAGE_SIZE // PATCH_SIZE) ** 2, vision.width),
         **_biased(VISION_MODEL + "post_layernorm", vision.width),
         **_biased(PROJECTOR, language.width, vision.width),
-        **_biased(ACTION_EXPERT + "norm.dense", 3 * expert.width, expert.width),
+        **_norm(ACTION_EXPERT + "norm", expert.width, adaptive=architecture.pi05),
         **_biased("action_in_proj", expert.width, architecture.action_dim),
         **_biased("action_out_proj", architecture.action_dim, expert.width),
-        **_biased("time_mlp_in", expert.width, expert.width),
-        **_biased("time_mlp_out", expert.width, expert.width),
     }
+    if architecture.pi05:
+        shapes |= _biased("time_mlp_in", expert.width, expert.width)
+        shapes |= _biased("time_mlp_out", expert.width, expert.width)
+    else:
+        shapes |= _biased("state_proj", expert.width, architecture.action_dim)
+        shapes |= _biased("action_time_mlp_in", expert.width, 2 * expert.width)
+        shapes |= _biased("action_time_mlp_out", expert.width, expert.width)
     for index in range(vision.depth):
         shapes |= _siglip_layer(f"{VISION_MODEL}encoder.layers.{index}.", vision)
     for prefix, size in ((LANGUAGE_MODEL, language), (ACTION_EXPERT, expert)):
         for index in range(size.depth):
-            shapes |= _gemma_layer(f"{prefix}layers.{index}.", size, adaptive=prefix == ACTION_EXPERT)
+            adaptive = architecture.pi05 and prefix == ACTION_EXPERT
+            shapes |= _gemma_layer(f"{prefix}layers.{index}.", size, adaptive=adaptive)
     return shapes
 
 
 def _biased(name: str, *shape: int) -> Shapes:
     return {name + ".weight": shape, name + ".bias": shape[:1]}
+
+
+def _norm(name: str, width: int, *, adaptive: bool) -> Shapes:
+    return _biased(f"{name}.dense", 3 * width, width) if adaptive else {f"{name}.weight": (width,)}
 
 
 def _siglip_layer(prefix: str, size: TransformerSize) -> Shapes:
@@ -174,10 +186,7 @@ def _gemma_layer(prefix: str, size: TransformerSize, *, adaptive: bool) -> Shape
         prefix + "mlp.down_proj.weight": (size.width, size.mlp_dim),
     }
     for norm in ("input_layernorm", "post_attention_layernorm"):
-        if adaptive:
-            shapes |= _biased(f"{prefix}{norm}.dense", 3 * size.width, size.width)
-        else:
-            shapes[f"{prefix}{norm}.weight"] = (size.width,)
+        shapes |= _norm(prefix + norm, size.width, adaptive=adaptive)
     return shapes
 
 

@@ -3,7 +3,7 @@
 Norms are computed in fp32. All query heads read one key/value head.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,9 +31,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., W] -> [..., W], the same dtype."""
-        return (_normalise(x) * (1.0 + self.weight.float())).to(x.dtype)
+    def forward(self, x: Tensor, modulation: None = None) -> tuple[Tensor, None]:
+        """x [..., W] -> normalised x, the same dtype, and no gate."""
+        return (_normalise(x) * (1.0 + self.weight.float())).to(x.dtype), None
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -49,10 +49,19 @@ class AdaptiveRMSNorm(nn.Module):
         return (_normalise(x) * (1.0 + scale) + shift).to(x.dtype), gate.to(x.dtype)
 
 
+def _residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    return x + (y if gate is None else y * gate)
+
+
 def rotary(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, S, D] of rotary embeddings (base 10000) at positions [B, S]."""
+    """Cosines and sines [B, 1, S, D] of rotary embeddings (base 10000) at positions [B, S].
+
+    The frequencies are rounded to `dtype`: openpi's bf16 policy holds them in bf16, and at position 500 that turns some
+    channels by most of a radian.
+    """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions[:, None, :, None].float() / 10_000.0**exponents
+    frequencies = (1.0 / 10_000.0**exponents).to(dtype).float()
+    angles = positions[:, None, :, None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -124,21 +133,40 @@ class MLP(nn.Module):
         return self.down_proj(F.gelu(gate, approximate="tanh") * up)
 
 
-class LanguageLayer(nn.Module):
-    """Pre-norm attention and MLP."""
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP.
 
-    def __init__(self, size: TransformerSize) -> None:
+    Args:
+        size: The transformer.
+        adaptive: Modulate norms and residuals by the time step.
+    """
+
+    def __init__(self, size: TransformerSize, *, adaptive: bool = False) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(size.width)
+        norm = AdaptiveRMSNorm if adaptive else RMSNorm
+        self.input_layernorm = norm(size.width)
         self.self_attn = Attention(size)
-        self.post_attention_layernorm = RMSNorm(size.width)
+        self.post_attention_layernorm = norm(size.width)
         self.mlp = MLP(size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> tuple[Tensor, KeyValue]:
-        """x [B, P, W] -> x [B, P, W] and the layer's keys and values."""
-        y, cache = self.self_attn(self.input_layernorm(x), cos, sin, mask)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cached: KeyValue | None = None,
+        modulations: Sequence[Tensor | None] = (None, None),
+    ) -> tuple[Tensor, KeyValue]:
+        """x [B, S, W] -> x [B, S, W] and its keys and values; other arguments as `Attention.forward`.
+
+        `modulations` are those of the two norms, each [3 W] fp32, for an adaptive layer.
+        """
+        normed, gate = self.input_layernorm(x, modulations[0])
+        y, own = self.self_attn(normed, cos, sin, mask, cached)
+        x = _residual(x, y, gate)
+        normed, gate = self.post_attention_layernorm(x, modulations[1])
+        return _residual(x, self.mlp(normed), gate), own
 
 
 class LastLanguageLayer(nn.Module):
@@ -151,7 +179,7 @@ class LastLanguageLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> KeyValue:
         """x [B, P, W] -> the layer's keys and values."""
-        return self.self_attn.keys(self.input_layernorm(x), cos, sin)
+        return self.self_attn.keys(self.input_layernorm(x)[0], cos, sin)
 
 
 class LanguageModel(nn.Module):
@@ -160,7 +188,7 @@ class LanguageModel(nn.Module):
     def __init__(self, size: TransformerSize) -> None:
         super().__init__()
         self.size = size
-        layers: list[nn.Module] = [LanguageLayer(size) for _ in range(size.depth - 1)]
+        layers: list[nn.Module] = [DecoderLayer(size) for _ in range(size.depth - 1)]
         self.layers = nn.ModuleList([*layers, LastLanguageLayer(size)])
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> list[KeyValue]:
@@ -173,52 +201,48 @@ class LanguageModel(nn.Module):
         return [*caches, self.layers[-1](x, cos, sin)]
 
 
-class ExpertLayer(nn.Module):
-    """Pre-norm attention and MLP, modulated by the time step, with gated residuals."""
-
-    def __init__(self, size: TransformerSize) -> None:
-        super().__init__()
-        self.input_layernorm = AdaptiveRMSNorm(size.width)
-        self.self_attn = Attention(size)
-        self.post_attention_layernorm = AdaptiveRMSNorm(size.width)
-        self.mlp = MLP(size)
-
-
 class ActionExpert(nn.Module):
-    """Denoises actions while looking at the language model's cache."""
+    """Denoises actions while looking at the language model's cache.
 
-    def __init__(self, size: TransformerSize) -> None:
+    Args:
+        size: The transformer.
+        adaptive: Modulate by the time step (adaRMS, pi0.5).
+    """
+
+    def __init__(self, size: TransformerSize, *, adaptive: bool) -> None:
         super().__init__()
         self.size = size
-        self.layers = nn.ModuleList(ExpertLayer(size) for _ in range(size.depth))
-        self.norm = AdaptiveRMSNorm(size.width)
+        self.layers = nn.ModuleList(DecoderLayer(size, adaptive=adaptive) for _ in range(size.depth))
+        self.norm = AdaptiveRMSNorm(size.width) if adaptive else RMSNorm(size.width)
 
-    def norms(self) -> Iterable[AdaptiveRMSNorm]:
-        """Every modulated norm, in the order in which `forward` takes modulations."""
+    def norms(self) -> Iterator[nn.Module]:
+        """Every norm, in the order in which `forward` takes modulations."""
         for layer in self.layers:
             yield layer.input_layernorm
             yield layer.post_attention_layernorm
         yield self.norm
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None, caches: list[KeyValue], modulations: Tensor
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        caches: Sequence[KeyValue],
+        modulations: Sequence[Tensor | None],
     ) -> Tensor:
         """One denoising step.
 
         Args:
-            x: Embedded actions [B, S, W].
+            x: Embedded suffix [B, S, W].
             positions: [B, S].
             mask: Bool, broadcastable to [B, heads, S, P + S], or None.
             caches: Keys and values of the language model's layers.
-            modulations: [norms, 3 W] fp32, this step's.
+            modulations: Of every norm, [3 W] fp32, or None for norms that take none.
 
         Returns:
             [B, S, W].
         """
         cos, sin = rotary(positions, self.size.head_dim, x.dtype)
         for index, (layer, cached) in enumerate(zip(self.layers, caches, strict=True)):
-            normed, gate = layer.input_layernorm(x, modulations[2 * index])
-            x = x + layer.self_attn(normed, cos, sin, mask, cached)[0] * gate
-            normed, gate = layer.post_attention_layernorm(x, modulations[2 * index + 1])
-            x = x + layer.mlp(normed) * gate
+            x, _ = layer(x, cos, sin, mask, cached, modulations[2 * index : 2 * index + 2])
         return self.norm(x, modulations[-1])[0]

@@ -1,10 +1,12 @@
-"""The pi0.5 policy: images and prompt fill a cache once, ten denoising steps read it.
+"""The pi0 and pi0.5 policies: images and prompt fill a cache once, ten denoising steps read it.
 
-Flow matching as in pi0 (Black et al. 2024, arXiv:2410.24164) and pi0.5 (arXiv:2504.16054). Its tensors have openpi's
-names; it leaves out what cannot change an action: the language model's final norm and the unread parts of its last
-layer, the expert's lm_head, masked cameras and prompt padding.
+Flow matching as in pi0 (Black et al. 2024, arXiv:2410.24164) and pi0.5 (arXiv:2504.16054). Tensors have openpi's names.
+What cannot change an action is left out: the language model's final norm and the unread parts of its last layer, the
+expert's lm_head, masked cameras and prompt padding.
 """
 
+import abc
+from collections.abc import Sequence
 import itertools
 import math
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch import nn
 import torch.nn.functional as F  # noqa: N812
 
+from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.architecture import Architecture
 from openpi_duquant.engine.gemma import ActionExpert
 from openpi_duquant.engine.gemma import KeyValue
@@ -23,8 +26,8 @@ from openpi_duquant.engine.observation import preprocess
 from openpi_duquant.engine.siglip import VisionModel
 
 
-class Policy(nn.Module):
-    """pi0.5 for inference. Build it under `torch.device("meta")` and assign a checkpoint's tensors.
+class Policy(nn.Module, abc.ABC):
+    """What pi0 and pi0.5 have in common. Build one with `build_policy`.
 
     Args:
         architecture: Sizes.
@@ -42,24 +45,30 @@ class Policy(nn.Module):
                 "language_model": LanguageModel(language),
             }
         )
+        embedding = nn.Embedding(architecture.vocab_size, language.width)
         self.paligemma_with_expert = nn.ModuleDict(
             {
-                "paligemma": nn.ModuleDict(
-                    {"model": paligemma, "lm_head": nn.Embedding(architecture.vocab_size, language.width)}
-                ),
-                "gemma_expert": nn.ModuleDict({"model": ActionExpert(expert)}),
+                "paligemma": nn.ModuleDict({"model": paligemma, "lm_head": embedding}),
+                "gemma_expert": nn.ModuleDict({"model": ActionExpert(expert, adaptive=architecture.pi05)}),
             }
         )
         self.action_in_proj = nn.Linear(architecture.action_dim, expert.width)
         self.action_out_proj = nn.Linear(expert.width, architecture.action_dim)
-        self.time_mlp_in = nn.Linear(expert.width, expert.width)
-        self.time_mlp_out = nn.Linear(expert.width, expert.width)
-        self._modulations: dict[int, Tensor] = {}
 
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations have between layers."""
-        return self._embedding.weight.dtype
+        return self.embedding.weight.dtype
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Token embeddings, stored under the name that they are tied to."""
+        return self.paligemma_with_expert["paligemma"]["lm_head"]
+
+    @property
+    def expert(self) -> ActionExpert:
+        """The action expert."""
+        return self.paligemma_with_expert["gemma_expert"]["model"]
 
     @torch.no_grad()
     def sample_actions(self, observation: Observation, noise: Tensor, *, num_steps: int = 10) -> Tensor:
@@ -74,74 +83,129 @@ class Policy(nn.Module):
             [B, action_horizon, action_dim] fp32, in the policy's normalised units.
 
         Raises:
-            DuQuantError: As `preprocess`.
+            DuQuantError: As `preprocess`, and on a state that pi0 cannot read.
         """
-        prefix = preprocess(observation)
-        x, mask = self.embed_prefix(prefix)
-        positions = mask.cumsum(1) - 1
-        caches = self._language_model(x, positions, _attention_mask(mask, queries=mask.shape[1]))
-        return self.denoise(caches, mask, noise.float(), num_steps)
+        x, mask = self.embed_prefix(preprocess(observation))
+        language_model: LanguageModel = self.paligemma_with_expert["paligemma"]["model"]["language_model"]
+        prefix_mask = _attention_mask(mask, torch.ones(x.shape[1], 0, dtype=torch.bool, device=x.device))
+        caches = language_model(x, mask.cumsum(1) - 1, prefix_mask)
+        return self.denoise(caches, mask, observation.state, noise.float(), num_steps)
 
     def embed_prefix(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
         """Embeddings [B, P, W] of images and prompt, and which of them are valid, [B, P] bool."""
-        batch, cameras = prefix.image_mask.shape
-        paligemma = self.paligemma_with_expert["paligemma"]
-        features = paligemma["model"]["vision_tower"]["vision_model"](prefix.images.flatten(0, 1), self.dtype)
-        images = paligemma["model"]["multi_modal_projector"]["linear"](features).reshape(batch, -1, self._width)
-        text = self._embedding(prefix.tokens) * math.sqrt(self._width)
-        image_mask = prefix.image_mask.repeat_interleave(images.shape[1] // cameras, dim=1)
+        width = self.architecture.language.width
+        paligemma = self.paligemma_with_expert["paligemma"]["model"]
+        features = paligemma["vision_tower"]["vision_model"](prefix.images.flatten(0, 1), self.dtype)
+        images = paligemma["multi_modal_projector"]["linear"](features).reshape(len(prefix.tokens), -1, width)
+        text = self.embedding(prefix.tokens) * math.sqrt(width)
+        image_mask = prefix.image_mask.repeat_interleave(features.shape[1], dim=1)
         return torch.cat((images, text), dim=1), torch.cat((image_mask, prefix.token_mask), dim=1)
 
-    def denoise(self, caches: list[KeyValue], prefix_mask: Tensor, noise: Tensor, num_steps: int) -> Tensor:
+    def denoise(
+        self, caches: Sequence[KeyValue], prefix_mask: Tensor, state: Tensor | None, noise: Tensor, num_steps: int
+    ) -> Tensor:
         """Integrates the velocity field from noise [B, S, A] at time 1 to actions at time 0 (Euler)."""
-        steps = noise.shape[1]
-        positions = prefix_mask.sum(1, keepdim=True) + torch.arange(steps, device=noise.device)
-        visible = F.pad(prefix_mask, (0, steps), value=True)
-        mask = _attention_mask(visible, queries=steps)
+        horizon = noise.shape[1]
+        visible = self.suffix_mask(horizon).to(noise.device)
+        positions = prefix_mask.sum(1, keepdim=True) + torch.arange(len(visible), device=noise.device)
+        mask = _attention_mask(prefix_mask, visible)
         actions = noise
-        for modulations in self.modulations(num_steps):
-            x = self.action_in_proj(actions).to(self.dtype)
-            x = self._expert(x, positions, mask, caches, modulations)
-            actions = actions - self.action_out_proj(x.float()) / num_steps
+        for step in range(num_steps):
+            x, modulations = self.embed_suffix(state, actions, step, num_steps)
+            x = self.expert(x.to(self.dtype), positions, mask, caches, modulations)
+            actions = actions - self.action_out_proj(x[:, -horizon:].float()) / num_steps
         return actions
 
-    @torch.no_grad()
-    def modulations(self, num_steps: int) -> Tensor:
-        """The expert's adaRMS modulations, [num_steps, norms, 3 W] fp32: they depend on the time step alone."""
-        if num_steps not in self._modulations:
-            condition = self._time_condition(num_steps)
-            self._modulations[num_steps] = torch.stack([norm.dense(condition) for norm in self._expert.norms()], dim=1)
-        return self._modulations[num_steps]
+    @abc.abstractmethod
+    def embed_suffix(
+        self, state: Tensor | None, actions: Tensor, step: int, num_steps: int
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """What the expert reads at a step: embeddings [B, S, W], actions last, and the modulations of its norms."""
 
-    def _time_condition(self, num_steps: int) -> Tensor:
-        """Embeddings [num_steps, W] of the times 1, 1 - 1/n, ..., 1/n, summed up in fp32 as openpi does."""
+    @abc.abstractmethod
+    def suffix_mask(self, horizon: int) -> Tensor:
+        """Which suffix tokens each of them may look at, [S, S] bool."""
+
+    def time_embeddings(self, num_steps: int) -> Tensor:
+        """Sinusoidal embeddings [num_steps, W] fp32 of the times 1, 1 - 1/n, ..., 1/n; summed in fp32, as in openpi."""
         width = self.architecture.expert.width
         steps = itertools.repeat(torch.tensor(-1.0 / num_steps), num_steps - 1)
         times = torch.stack(list(itertools.accumulate(steps, torch.add, initial=torch.tensor(1.0))))
         period = 4e-3 * (4.0 / 4e-3) ** torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64)
         angles = times.double()[:, None] * (2 * math.pi / period)
-        embedding = torch.cat((angles.sin(), angles.cos()), dim=1).float().to(self._embedding.weight.device)
-        return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedding))))
-
-    @property
-    def _width(self) -> int:
-        return self.architecture.language.width
-
-    @property
-    def _embedding(self) -> nn.Embedding:
-        return self.paligemma_with_expert["paligemma"]["lm_head"]
-
-    @property
-    def _language_model(self) -> LanguageModel:
-        return self.paligemma_with_expert["paligemma"]["model"]["language_model"]
-
-    @property
-    def _expert(self) -> ActionExpert:
-        return self.paligemma_with_expert["gemma_expert"]["model"]
+        return torch.cat((angles.sin(), angles.cos()), dim=1).float().to(self.embedding.weight.device)
 
 
-def _attention_mask(visible: Tensor, *, queries: int) -> Tensor | None:
-    """[B, 1, queries, keys] bool from visible keys [B, keys]; None when all are visible."""
-    if visible.all():
+class Pi05Policy(Policy):
+    """pi0.5: the time step modulates the expert's norms; the state, if used at all, is part of the prompt."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture)
+        width = architecture.expert.width
+        self.time_mlp_in = nn.Linear(width, width)
+        self.time_mlp_out = nn.Linear(width, width)
+        self._modulations: dict[tuple[int, torch.device], Tensor] = {}
+
+    def embed_suffix(
+        self, state: Tensor | None, actions: Tensor, step: int, num_steps: int
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Embedded actions [B, S, W], and this step's row of the table of modulations."""
+        del state
+        return self.action_in_proj(actions), self.modulations(num_steps)[step]
+
+    def suffix_mask(self, horizon: int) -> Tensor:
+        """All actions see each other."""
+        return torch.ones(horizon, horizon, dtype=torch.bool)
+
+    @torch.no_grad()
+    def modulations(self, num_steps: int) -> Tensor:
+        """The modulations of every norm, [num_steps, norms, 3 W] fp32: a table, for they depend on the time alone."""
+        key = num_steps, self.embedding.weight.device
+        if key not in self._modulations:
+            embedding = self.time_embeddings(num_steps)
+            condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedding))))
+            self._modulations[key] = torch.stack([norm.dense(condition) for norm in self.expert.norms()], dim=1)
+        return self._modulations[key]
+
+
+class Pi0Policy(Policy):
+    """pi0: the expert reads one token of state, and actions mixed with the time step."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture)
+        width = architecture.expert.width
+        self.state_proj = nn.Linear(architecture.action_dim, width)
+        self.action_time_mlp_in = nn.Linear(2 * width, width)
+        self.action_time_mlp_out = nn.Linear(width, width)
+
+    def embed_suffix(
+        self, state: Tensor | None, actions: Tensor, step: int, num_steps: int
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """The state's token and the embedded actions, [B, 1 + S, W], and no modulation."""
+        if state is None or state.shape != (len(actions), self.architecture.action_dim):
+            shape = None if state is None else tuple(state.shape)
+            raise DuQuantError(f"state: pi0 reads [{len(actions)}, {self.architecture.action_dim}], got {shape}")
+        time = self.time_embeddings(num_steps)[step].expand(*actions.shape[:2], -1)
+        mixed = self.action_time_mlp_in(torch.cat((self.action_in_proj(actions), time), dim=-1))
+        embedded = self.action_time_mlp_out(F.silu(mixed))
+        suffix = torch.cat((self.state_proj(state.float())[:, None], embedded), dim=1)
+        return suffix, [None] * (2 * self.architecture.expert.depth + 1)
+
+    def suffix_mask(self, horizon: int) -> Tensor:
+        """The state sees itself only; actions see it and each other."""
+        mask = torch.ones(1 + horizon, 1 + horizon, dtype=torch.bool)
+        mask[0, 1:] = False
+        return mask
+
+
+def build_policy(architecture: Architecture) -> Policy:
+    """A policy without weights; under `torch.device("meta")` it takes no memory until tensors are assigned."""
+    return (Pi05Policy if architecture.pi05 else Pi0Policy)(architecture)
+
+
+def _attention_mask(prefix: Tensor, own: Tensor) -> Tensor | None:
+    """Visible prefix [B, P] and visible own tokens [S, S'] -> [B, 1, S, P + S'] bool; None when all is visible."""
+    if prefix.all() and own.all():
         return None
-    return visible[:, None, None, :].expand(-1, 1, queries, -1)
+    rows = prefix[:, None, :].expand(-1, len(own), -1)
+    return torch.cat((rows, own.expand(len(prefix), -1, -1)), dim=2)[:, None]
