@@ -38,10 +38,12 @@ class DuQuantConfig:
         scale_search: Weight scales by least squared error ("mse") or by the largest weight ("max").
         permute: Spread large input channels over the rotation blocks (zigzag).
         smoothing: Share of the mean mixed into every channel's energy before the zigzag, 0 to 1.
-        rotation: Rotation of input channels: "hadamard", "svd" (right singular vectors) or "none".
+        rotation: Rotation of input channels: "hadamard", "svd" (right singular vectors), "duquant" (greedy, rotate -
+            permute - rotate, as published) or "none".
         rotation_block: Channels that are rotated together; a layer whose width it does not divide takes
             the greatest common divisor.
-        row_rotation: Rotation of output rows: "0" (none) or "restore" (undone after the matmul).
+        row_rotation: Rotation of output rows: "0" (none), "restore" (undone after the matmul) or "propagate" (of v
+            only, undone in the columns of o).
         output_rotation_block: Rows that are rotated together; none means rotation_block.
         activation_percentile: Percentile at which calibrated (static) activation scales clip.
         calibration_steps: 0 for dynamic per-token activation scales; static scales need calibration data.
@@ -62,9 +64,9 @@ class DuQuantConfig:
     scale_search: Literal["mse", "max"] = "mse"
     permute: bool = True
     smoothing: float = 0.15
-    rotation: Literal["hadamard", "svd", "none"] = "hadamard"
+    rotation: Literal["hadamard", "svd", "duquant", "none"] = "hadamard"
     rotation_block: int = 64
-    row_rotation: Literal["0", "restore"] = "0"
+    row_rotation: Literal["0", "restore", "propagate"] = "0"
     output_rotation_block: int | None = None
     activation_percentile: float = 99.9
     calibration_steps: int = 0
@@ -75,8 +77,8 @@ class DuQuantConfig:
 
     @property
     def output_block(self) -> int:
-        """Rows that are rotated together; 0 when output rows are not rotated."""
-        return 0 if self.row_rotation == "0" else self.output_rotation_block or self.rotation_block
+        """Rows that are rotated together and restored at run time; 0 when none are."""
+        return self.output_rotation_block or self.rotation_block if self.row_rotation == "restore" else 0
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; `from_json` inverts it exactly."""
@@ -107,8 +109,8 @@ def _complaints(config: DuQuantConfig) -> list[str]:
         one_of("weight_bits", 4, 8),
         one_of("activation_bits", 8, 16),
         one_of("scale_search", "mse", "max"),
-        one_of("rotation", "hadamard", "svd", "none"),
-        one_of("row_rotation", "0", "restore"),
+        one_of("rotation", "hadamard", "svd", "duquant", "none"),
+        one_of("row_rotation", "0", "restore", "propagate"),
         (power_of_two(config.rotation_block), f"rotation_block: {config.rotation_block} is not a power of two above 1"),
         (
             config.output_rotation_block is None or power_of_two(config.output_rotation_block),
@@ -116,7 +118,7 @@ def _complaints(config: DuQuantConfig) -> list[str]:
         ),
         (
             config.row_rotation == "0" or config.rotation != "none",
-            "row_rotation: 'restore' needs a rotation ('hadamard' or 'svd')",
+            f"row_rotation: {config.row_rotation!r} needs a rotation",
         ),
         (
             config.group_size is None or (config.group_size > 0 and config.group_size % 2 == 0),

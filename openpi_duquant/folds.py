@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openpi_duquant import transforms
+from openpi_duquant import fitting
 from openpi_duquant.config import ACTION_EXPERT
 from openpi_duquant.config import LANGUAGE_MODEL
 from openpi_duquant.config import DuQuantConfig
+from openpi_duquant.config import DuQuantError
 from openpi_duquant.linear import LayerSpec
 
 _DECODER_LAYER = re.compile(f"^({re.escape(LANGUAGE_MODEL)}|{re.escape(ACTION_EXPERT)})layers\\.(\\d+)\\.")
@@ -28,6 +29,8 @@ _NORM_CONSUMERS = {
     "input_layernorm.weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm.weight": ("mlp.gate_proj", "mlp.up_proj"),
 }
+
+_FOLDED_INPUT = {"pre_rotation": False, "permute": False, "rotation": "none", "rotation_block": 0}
 
 Weights = dict[str, Tensor]
 
@@ -40,16 +43,12 @@ class Fold:
         kind: "norm_gain", "down_permutation" or "value_head".
         prefixes: The decoder layers it touches, as "...layers.3."; two for a value head.
         norm: Of a norm gain, the norm's tensor within the layer.
-        permute: Of a value head, whether it is permuted.
-        rotation: Of a value head, "none", "hadamard" or "svd".
-        block: Of a value head, the rotation's block.
+        block: Of a value head, the block of its zigzag and rotation.
     """
 
     kind: str
     prefixes: tuple[str, ...]
     norm: str = ""
-    permute: bool = False
-    rotation: str = "none"
     block: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -75,6 +74,9 @@ def plan_folds(
 
     Returns:
         Folds in the order in which they are applied, and specs of the same layers.
+
+    Raises:
+        DuQuantError: On row_rotation="propagate" when no `v` is selected.
     """
     prefixes = dict.fromkeys(match[0] for name in tensors if (match := _DECODER_LAYER.match(name)))
     folds, remaining = [], dict(specs)
@@ -83,36 +85,28 @@ def plan_folds(
             if prefix + norm in tensors and any(prefix + consumer in specs for consumer in consumers):
                 folds.append(Fold("norm_gain", (prefix,), norm=norm))
         down = prefix + "mlp.down_proj"
-        if down in specs and specs[down].permute:
+        if down in specs and specs[down].permute and not specs[down].pre_rotation:
             folds.append(Fold("down_permutation", (prefix,)))
             remaining[down] = dataclasses.replace(specs[down], permute=False)
     for prefix in (prefix for prefix in prefixes if prefix.startswith(LANGUAGE_MODEL)):
         both = prefix, prefix.replace(LANGUAGE_MODEL, ACTION_EXPERT)
-        fold = _plan_value_head(both, tensors, specs, config)
-        if fold:
-            folds.append(fold)
-            for output in _outputs(both, specs):
-                remaining[output] = dataclasses.replace(specs[output], permute=False, rotation="none", rotation_block=0)
+        values, outputs = _projections(both, specs, "v_proj"), _projections(both, specs, "o_proj")
+        propagated = values if config.row_rotation == "propagate" else []
+        if not (outputs or propagated) or not (config.permute or config.rotation != "none"):
+            continue
+        block = math.gcd(config.rotation_block, tensors[prefix + "self_attn.v_proj.weight"][0])
+        folds.append(Fold("value_head", both, block=block))
+        for name in outputs:
+            remaining[name] = dataclasses.replace(specs[name], **_FOLDED_INPUT)
+        for name in propagated:
+            remaining[name] = dataclasses.replace(specs[name], output_rotation="folded", output_rotation_block=block)
+    if config.row_rotation == "propagate" and not any(spec.output_rotation == "folded" for spec in remaining.values()):
+        raise DuQuantError("row_rotation: 'propagate' rotates the rows of v_proj only, and none is selected")
     return folds, remaining
 
 
-def _outputs(prefixes: Iterable[str], names: Iterable[str]) -> list[str]:
-    known = set(names)
-    return [name for prefix in prefixes if (name := prefix + "self_attn.o_proj") in known]
-
-
-def _plan_value_head(
-    prefixes: tuple[str, str],
-    tensors: Mapping[str, tuple[int, ...]],
-    specs: Mapping[str, LayerSpec],
-    config: DuQuantConfig,
-) -> Fold | None:
-    if not _outputs(prefixes, specs) or (not config.permute and config.rotation == "none"):
-        return None
-    head_dim = tensors[prefixes[0] + "self_attn.v_proj.weight"][0]
-    block = math.gcd(config.rotation_block, head_dim)
-    rotation = config.rotation if block > 1 else "none"
-    return Fold("value_head", prefixes, permute=config.permute, rotation=rotation, block=block)
+def _projections(prefixes: Iterable[str], names: Mapping[str, LayerSpec], projection: str) -> list[str]:
+    return [name for prefix in prefixes if (name := f"{prefix}self_attn.{projection}") in names]
 
 
 def apply_folds(
@@ -123,8 +117,8 @@ def apply_folds(
     Args:
         weights: Tensors by name: at least those of the decoder layers that the folds name.
         folds: From `plan_folds`.
-        specs: The quantized layers; a value head's transform is chosen by those among its `o` layers.
-        config: smoothing is read.
+        specs: The quantized layers.
+        config: rotation, permute and smoothing are read.
 
     Returns:
         All of `weights`, those that changed in fp32.
@@ -152,40 +146,34 @@ def fold_down_permutation(
 ) -> Weights:
     """Permutes the rows of `gate` and `up` and the columns of `down`, by the zigzag of `down`; returns what changed."""
     down = prefix + "mlp.down_proj"
-    energy = transforms.channel_energy(weights[down + ".weight"], config.smoothing)
+    energy = fitting.channel_energy(weights[down + ".weight"], config.smoothing)
     block = specs[down].rotation_block or math.gcd(config.rotation_block, specs[down].in_features)
-    permutation = transforms.zigzag_permutation(energy, block)
+    permutation = fitting.zigzag_permutation(energy, block)
     inputs = prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"
     rows = {name: weights[name][permutation] for name in inputs}
     return rows | {down + ".weight": weights[down + ".weight"][:, permutation]}
 
 
 def fold_value_head(weights: Weights, fold: Fold, specs: Mapping[str, LayerSpec], config: DuQuantConfig) -> Weights:
-    """Permutes and rotates the value head in the rows of `v` and, head by head, the columns of `o`.
+    """Transforms the value head in the rows of `v` and, head by head, the columns of `o`.
+
+    The transform suits the quantized `o` layers of both models, all heads taken together, or the quantized `v` layers
+    where no `o` is.
 
     Returns:
         The `v` and `o` weights of both models.
     """
     head_dim = len(weights[fold.prefixes[0] + "self_attn.v_proj.weight"])
-    permutation, rotation = _value_head_transform(weights, fold, specs, config, head_dim)
+    samples = [weights[name + ".weight"].float() for name in _projections(fold.prefixes, specs, "o_proj")]
+    samples = samples or [weights[name + ".weight"].float().T for name in _projections(fold.prefixes, specs, "v_proj")]
+    heads = torch.cat([sample.reshape(-1, head_dim) for sample in samples])
+    transform = fitting.fit_transform(
+        heads, config.rotation, fold.block, permute=config.permute, smoothing=config.smoothing
+    )
     changed = {}
     for prefix in fold.prefixes:
         value, output = prefix + "self_attn.v_proj.weight", prefix + "self_attn.o_proj.weight"
-        changed[value] = transforms.rotate_rows(weights[value].float()[permutation], rotation)
-        by_head = weights[output].float().unflatten(1, (-1, head_dim))[..., permutation]
-        changed[output] = transforms.rotate(by_head, transforms.dual(rotation)).flatten(1)
+        changed[value] = transform.apply(weights[value].float().T).T.contiguous()
+        by_head = weights[output].float().unflatten(1, (-1, head_dim))
+        changed[output] = transform.dual().apply(by_head).flatten(1)
     return changed
-
-
-def _value_head_transform(
-    weights: Weights, fold: Fold, specs: Mapping[str, LayerSpec], config: DuQuantConfig, head_dim: int
-) -> tuple[Tensor, transforms.Rotation]:
-    """Permutation [D] and rotation that suit the quantized `o` layers, all heads taken together."""
-    outputs = _outputs(fold.prefixes, specs)
-    heads = torch.cat([weights[name + ".weight"].float().reshape(-1, head_dim) for name in outputs])
-    permutation = torch.arange(head_dim)
-    if fold.permute:
-        permutation = transforms.zigzag_permutation(transforms.channel_energy(heads, config.smoothing), fold.block)
-    if fold.rotation == "svd":
-        return permutation, transforms.singular_rotation(heads[:, permutation], fold.block)
-    return permutation, fold.block if fold.rotation == "hadamard" else None

@@ -123,7 +123,7 @@ def _norm_stats() -> dict[str, dict[str, list[float]]]:
 def libero_like_observation(
     architecture: Architecture, *, seed: int = 0, action_horizon: int = 10, prompt_tokens: int = 24
 ) -> tuple[Observation, Tensor]:
-    """One observation as pi05_libero (or pi0_libero) sees it, and the noise to start from: two live cameras, the third masked.
+    """One observation as openpi's LIBERO policies see it, and the noise to start from; the third camera is masked.
 
     Args:
         architecture: Sizes.

@@ -24,7 +24,7 @@ def make_checkpoint(
     seed: int = 0,
     action_horizon: int = 10,
 ) -> None:
-    """Make a random pi0.5 or pi0 checkpoint in openpi's exact format, with outlier channels as trained models have them.
+    """Make a random checkpoint in openpi's exact format, with outlier channels as trained models have them.
 
     Args:
         folder: Folder to make.

@@ -8,21 +8,17 @@ from openpi_duquant import quant
 from openpi_duquant import transforms
 
 
-def transform(x: Tensor, permutation: Tensor | None, rotation: transforms.Rotation) -> Tensor:
-    """Permutes and rotates an activation, in fp32.
+def transform_and_quantize(x: Tensor, transform: transforms.Transform) -> tuple[Tensor, Tensor]:
+    """Permutes and rotates an activation in fp32 and rounds it to int8, token by token.
 
     Args:
         x: [M, K], floating point.
-        permutation: [K] int64, or None.
-        rotation: See `transforms.Rotation`.
+        transform: What is done to it.
 
     Returns:
-        [M, K] fp32.
+        codes [M, K] int8 and act_scale [M, 1] fp32, as `quant.quantize_activation`.
     """
-    x = x.float()
-    if permutation is not None:
-        x = x.index_select(-1, permutation)
-    return transforms.rotate(x, rotation)
+    return quant.quantize_activation(transform.apply(x.float()))
 
 
 def integer_matmul(codes: Tensor, weight: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch import nn
 
 from openpi_duquant import kernels
-from openpi_duquant import quant
 from openpi_duquant import transforms
 from openpi_duquant.kernels import reference
+from openpi_duquant.linear.spec import SHARED_TENSORS
 from openpi_duquant.linear.spec import LayerSpec
 
 
@@ -43,7 +43,7 @@ class QuantLinear(nn.Module):
         self.out_features = spec.out_features
         self.dtype = dtype
         self.backend = kernels.resolve(backend)
-        tensors = dict.fromkeys(("permutation", "rotation", "output_rotation", "bias")) | spec.tensors()
+        tensors = dict.fromkeys((*SHARED_TENSORS, "output_rotation", "bias")) | spec.tensors()
         if spec.bias:
             tensors["bias"] = dtype, (spec.out_features,)
         for name, shape in tensors.items():
@@ -67,8 +67,11 @@ class QuantLinear(nn.Module):
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Transforms x [..., K] and rounds it: codes [M, K] int8 and act_scale [M, 1]; weights only: fp32 and None."""
         rotation = _rotation(self.spec.rotation, self.spec.rotation_block, self.rotation)
-        transformed = reference.transform(x.reshape(-1, self.in_features), self.permutation, rotation)
-        return (transformed, None) if self.spec.activation_bits == 16 else quant.quantize_activation(transformed)
+        transform = transforms.Transform(self.pre_rotation, self.permutation, rotation)
+        x = x.reshape(-1, self.in_features)
+        if self.spec.activation_bits == 16:
+            return transform.apply(x.float()), None
+        return reference.transform_and_quantize(x, transform)
 
     def matmul(self, a: Tensor, act_scale: Tensor | None, like: Tensor) -> Tensor:
         """The product with what `quantize_input(like)` returned: [..., N], the dtype of `like` [..., K]."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from openpi_duquant import fitting
 from openpi_duquant import packing
 from openpi_duquant import quant
 from openpi_duquant import transforms
@@ -76,6 +77,7 @@ def plan_layers(
             weight_bits=bits,
             activation_bits=config.activation_bits,
             group_size=config.group_size,
+            pre_rotation=config.permute and config.rotation == "duquant" and block > 0,
             permute=config.permute,
             rotation=rotation,
             rotation_block=block,
@@ -109,29 +111,26 @@ def quantize_group(
     """
     lead = specs[next(iter(weights))]
     stacked = torch.cat([weight.float() for weight in weights.values()])
-    shared: dict[str, Tensor] = {}
-    if lead.permute:
-        energy = transforms.channel_energy(stacked, config.smoothing)
-        block = lead.rotation_block or math.gcd(config.rotation_block, lead.in_features)
-        shared["permutation"] = transforms.zigzag_permutation(energy, block)
-        stacked = stacked[:, shared["permutation"]]
-    rotation: transforms.Rotation = lead.rotation_block or None
-    if lead.rotation == "matrix":
-        rotation = transforms.singular_rotation(stacked, lead.rotation_block).bfloat16()
-        shared["rotation"] = rotation
-    stacked = transforms.rotate(stacked, transforms.dual(rotation))
-    parts = stacked.split([specs[name].out_features for name in weights])
+    transform = fitting.fit_transform(
+        stacked,
+        config.rotation if lead.rotation_block else "none",
+        lead.rotation_block or math.gcd(config.rotation_block, lead.in_features),
+        permute=lead.permute,
+        smoothing=config.smoothing,
+    )
+    shared = {name: part for name, part in transform._asdict().items() if isinstance(part, Tensor)}
+    parts = transform.dual().apply(stacked).split([specs[name].out_features for name in weights])
     return {name: shared | _quantize_rows(part, specs[name], config) for name, part in zip(weights, parts)}
 
 
 def _quantize_rows(weight: Tensor, spec: LayerSpec, config: DuQuantConfig) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    restore: transforms.Rotation = spec.output_rotation_block or None
-    if spec.output_rotation == "matrix":
-        vectors = transforms.singular_rotation(weight.T, spec.output_rotation_block)
-        restore = vectors.mT.contiguous().bfloat16()
-        tensors["output_rotation"] = restore
-    weight = transforms.rotate_rows(weight, transforms.inverse(restore))
+    if spec.output_rotation in ("hadamard", "matrix"):
+        rotation = fitting.fit_rotation(weight.T, config.rotation, spec.output_rotation_block)
+        restore = transforms.inverse(rotation)
+        if isinstance(restore, Tensor):
+            restore = tensors["output_rotation"] = restore.bfloat16()
+        weight = transforms.rotate_rows(weight, transforms.inverse(restore))
     scale = quant.weight_scale(weight, spec.weight_bits, spec.group_size, config.scale_search)
     codes = quant.quantize_weight(weight, scale, spec.weight_bits)
     return tensors | {"weight_packed": packing.pack(codes, spec.weight_bits), "weight_scale": scale}
@@ -151,8 +150,12 @@ def quantize_(model: nn.Module, config: DuQuantConfig, *, backend: str = "auto")
         The specs of the replaced layers, by name.
 
     Raises:
-        DuQuantError: As `plan_layers`, and on a weight that is not finite.
+        DuQuantError: As `plan_layers`; on a weight that is not finite; on row_rotation="propagate", which is a fold.
     """
+    if config.row_rotation == "propagate":
+        raise DuQuantError(
+            "row_rotation: 'propagate' is a fold, made when a checkpoint is converted; use '0' or 'restore'"
+        )
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shapes = {name: (module.out_features, module.in_features) for name, module in linears.items()}
     specs = plan_layers(shapes, [name for name, module in linears.items() if module.bias is not None], config)

@@ -8,7 +8,7 @@ import torch
 
 from openpi_duquant.config import DuQuantError
 
-SHARED_TENSORS = ("permutation", "rotation")
+SHARED_TENSORS = ("pre_rotation", "permutation", "rotation")
 """Tensors that the layers of one group have in common."""
 
 
@@ -23,10 +23,12 @@ class LayerSpec:
         weight_bits: 4 or 8.
         activation_bits: 8, or 16 (weights only).
         group_size: Input channels to a weight scale; None for the whole row.
+        pre_rotation: Whether input channels are rotated before they are permuted (DuQuant as published).
         permute: Whether input channels are permuted at run time.
         rotation: Run-time rotation of input channels: "none", "hadamard" or "matrix".
         rotation_block: B of that rotation, 0 for none.
-        output_rotation: Run-time restore of rotated output rows: "none", "hadamard" or "matrix".
+        output_rotation: Run-time restore of rotated output rows: "none", "hadamard" or "matrix"; "folded" if the
+            rows are rotated and the next layer undoes it.
         output_rotation_block: B of that, 0 for none.
         group: First layer of those that read the same input and share permutation and rotation.
     """
@@ -37,6 +39,7 @@ class LayerSpec:
     weight_bits: int
     activation_bits: int
     group_size: int | None
+    pre_rotation: bool
     permute: bool
     rotation: str
     rotation_block: int
@@ -63,10 +66,12 @@ class LayerSpec:
             "weight_packed": (torch.uint8, (n, k // 2)) if self.weight_bits == 4 else (torch.int8, (n, k)),
             "weight_scale": (torch.float32, (n, k // (self.group_size or k))),
         }
+        b = self.rotation_block
+        if self.pre_rotation:
+            tensors["pre_rotation"] = torch.bfloat16, (k // b, b, b)
         if self.permute:
             tensors["permutation"] = torch.int64, (k,)
         if self.rotation == "matrix":
-            b = self.rotation_block
             tensors["rotation"] = torch.bfloat16, (k // b, b, b)
         if self.output_rotation == "matrix":
             b = self.output_rotation_block

@@ -21,6 +21,7 @@ from openpi_duquant.checkpoint.load import assemble
 from openpi_duquant.checkpoint.load import place_quant_linears
 from openpi_duquant.checkpoint.load import with_shared_tensors
 from openpi_duquant.config import PRESETS
+from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.convert import convert
 from openpi_duquant.convert import folded_tensors
 from openpi_duquant.convert import make_plan
@@ -30,6 +31,10 @@ from openpi_duquant.engine.observation import CAMERAS
 
 pytestmark = pytest.mark.openpi
 VOCABULARY = TinyPi0().vocab_size
+CONFIGS = PRESETS | {
+    "duquant": DuQuantConfig(rotation="duquant", rotation_block=32, row_rotation="propagate"),
+    "propagate": DuQuantConfig(rotation="svd", row_rotation="propagate", include=r"\.v_proj$"),
+}
 RIGHT, BASE = "right_wrist_0_rgb", "base_0_rgb"
 
 
@@ -128,11 +133,11 @@ def test_bfloat16_is_as_close_to_openpis_as_openpis_is_to_float32(
     assert relative_error(actual, exact) < 2 * relative_error(expected, exact) < 0.02
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", CONFIGS)
 def test_folded_policies_give_openpis_actions(host: Host, preset: str) -> None:
     case = make_case()
     with SafetensorsReader(host.checkpoint) as reader:
-        plan = make_plan(reader.types, PRESETS[preset])
+        plan = make_plan(reader.types, CONFIGS[preset])
         state = dict(folded_tensors(reader.read, plan))
     expected = case.openpi(host.model)
     policy = assemble(plan.architecture, state, {}, backend="auto", dtype=torch.float32)
@@ -143,12 +148,12 @@ def test_folded_policies_give_openpis_actions(host: Host, preset: str) -> None:
 
 
 @pytest.mark.parametrize("activation_bits", [16, 8])
-@pytest.mark.parametrize("preset", ["default", "optimized", "quantvla"])
+@pytest.mark.parametrize("preset", ["default", "optimized", "quantvla", "duquant"])
 def test_quantized_layers_agree_in_openpis_forward_and_in_ours(
     host: Host, tmp_path: pathlib.Path, preset: str, activation_bits: int
 ) -> None:
     case = make_case()
-    config = dataclasses.replace(PRESETS[preset], activation_bits=activation_bits)
+    config = dataclasses.replace(CONFIGS[preset], activation_bits=activation_bits)
     convert(host.checkpoint, tmp_path / "converted", config)
     policy = load_policy(tmp_path / "converted", backend="reference", dtype=torch.float32)
     actual = policy.sample_actions(case.observation(), case.noise) - case.noise
