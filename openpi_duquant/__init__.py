@@ -1,13 +1,13 @@
 """W4A8 inference for openpi's pi0 and pi0.5 policies: DuQuant transforms, int4 weights, int8 activations."""
 
 from openpi_duquant.checkpoint import Manifest
-from openpi_duquant.checkpoint import load_policy
 from openpi_duquant.config import PRESETS
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.convert import convert
 from openpi_duquant.engine import Observation
 from openpi_duquant.engine import Policy
+from openpi_duquant.engine import load_policy
 from openpi_duquant.linear import QuantLinear
 from openpi_duquant.linear import quantize_
 

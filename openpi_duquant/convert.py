@@ -10,6 +10,8 @@ import tempfile
 
 from torch import Tensor
 
+from openpi_duquant.architecture import Architecture
+from openpi_duquant.architecture import linear_shapes
 from openpi_duquant.checkpoint.files import WEIGHTS_NAME
 from openpi_duquant.checkpoint.files import SafetensorsReader
 from openpi_duquant.checkpoint.files import SafetensorsWriter
@@ -21,8 +23,6 @@ from openpi_duquant.checkpoint.manifest import kept_dtypes
 from openpi_duquant.checkpoint.manifest import output_types
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.engine.architecture import Architecture
-from openpi_duquant.engine.architecture import linear_shapes
 from openpi_duquant.folds import Fold
 from openpi_duquant.folds import apply_folds
 from openpi_duquant.folds import decoder_layer

@@ -1,8 +1,8 @@
 """The choice of a layer's permutation and rotations from its weight.
 
 Methods: DuQuant (Lin et al. 2024, arXiv:2406.01721, and the code released with it) for the zigzag and the greedy
-rotation; QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) for the Hadamard; right singular vectors from the research code
-that this project grew from.
+rotation; QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) for the Hadamard; right singular vectors from the research
+code that this project grew from.
 """
 
 import torch

@@ -8,14 +8,14 @@ import pathlib
 import torch
 from torch import Tensor
 
+from openpi_duquant.architecture import EXPERT_LM_HEAD
+from openpi_duquant.architecture import Architecture
+from openpi_duquant.architecture import parameter_shapes
 from openpi_duquant.checkpoint.files import WEIGHTS_NAME
 from openpi_duquant.checkpoint.files import SafetensorsWriter
 from openpi_duquant.checkpoint.files import iter_bytes
 from openpi_duquant.config import ACTION_EXPERT
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.engine.architecture import EXPERT_LM_HEAD
-from openpi_duquant.engine.architecture import Architecture
-from openpi_duquant.engine.architecture import parameter_shapes
 from openpi_duquant.engine.observation import CAMERAS
 from openpi_duquant.engine.observation import Observation
 

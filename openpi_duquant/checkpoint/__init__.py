@@ -2,8 +2,7 @@
 
 from openpi_duquant.checkpoint.files import SafetensorsReader
 from openpi_duquant.checkpoint.files import SafetensorsWriter
-from openpi_duquant.checkpoint.load import load_policy
 from openpi_duquant.checkpoint.manifest import MANIFEST_NAME
 from openpi_duquant.checkpoint.manifest import Manifest
 
-__all__ = ["MANIFEST_NAME", "Manifest", "SafetensorsReader", "SafetensorsWriter", "load_policy"]
+__all__ = ["MANIFEST_NAME", "Manifest", "SafetensorsReader", "SafetensorsWriter"]

@@ -1,4 +1,4 @@
-"""From a checkpoint folder, converted or original, to a policy."""
+"""What loading a converted checkpoint needs, whichever model it is loaded into."""
 
 from collections.abc import Mapping
 import pathlib
@@ -9,47 +9,11 @@ from torch import nn
 
 from openpi_duquant.checkpoint.files import SafetensorsReader
 from openpi_duquant.checkpoint.files import TensorType
-from openpi_duquant.checkpoint.manifest import MANIFEST_NAME
 from openpi_duquant.checkpoint.manifest import Manifest
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.engine.architecture import Architecture
-from openpi_duquant.engine.architecture import kept_in_float32
-from openpi_duquant.engine.policy import Policy
-from openpi_duquant.engine.policy import build_policy
 from openpi_duquant.linear import LayerSpec
 from openpi_duquant.linear import QuantLinear
 from openpi_duquant.linear.spec import SHARED_TENSORS
-
-
-def load_policy(
-    folder: pathlib.Path | str,
-    *,
-    backend: str = "auto",
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cpu",
-) -> Policy:
-    """The policy of a checkpoint: quantized if `openpi-duquant convert-checkpoint` made it, else in floating point.
-
-    Args:
-        folder: A checkpoint of openpi or of ours.
-        backend: Backend of the quantized layers, see `kernels.resolve`.
-        dtype: Type of activations and of floating-point weights (fp32 where openpi computes in fp32).
-        device: Where to put it.
-
-    Raises:
-        DuQuantError: If a file is missing or damaged, or does not hold what its manifest says.
-    """
-    folder = pathlib.Path(folder)
-    with SafetensorsReader(folder) as reader:
-        layers: dict[str, LayerSpec] = {}
-        if (folder / MANIFEST_NAME).exists():
-            manifest = Manifest.load(folder)
-            verify(reader, manifest, folder)
-            layers, architecture = manifest.layers, manifest.architecture
-        else:
-            architecture = Architecture.infer(reader.shapes)
-        state = {name: reader.read(name) for name in reader.types}
-        return assemble(architecture, state, layers, backend=backend, dtype=dtype, device=device)
 
 
 def verify(reader: SafetensorsReader, manifest: Manifest, folder: pathlib.Path) -> None:
@@ -63,41 +27,6 @@ def verify(reader: SafetensorsReader, manifest: Manifest, folder: pathlib.Path) 
             )
     if reader.digest() != manifest.sha256:
         raise DuQuantError(f"{folder}: the weights are not the manifest's (sha256 differs); convert the source again")
-
-
-def assemble(
-    architecture: Architecture,
-    state: Mapping[str, Tensor],
-    layers: Mapping[str, LayerSpec],
-    *,
-    backend: str,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-) -> Policy:
-    """A policy of these tensors; what it does not use is ignored.
-
-    Args:
-        architecture: Its sizes.
-        state: Tensors by name: openpi's, and those of `LayerSpec.tensors` for quantized layers.
-        layers: The quantized layers.
-        backend: Their backend.
-        dtype: Type of floating-point tensors (fp32 where openpi computes in fp32).
-        device: Where to put them.
-
-    Raises:
-        DuQuantError: If a tensor is missing or of a wrong shape.
-    """
-    with torch.device("meta"):
-        policy = build_policy(architecture)
-    place_quant_linears(policy, layers, backend=backend, dtype=dtype)
-    used = policy.state_dict()
-    present = with_shared_tensors(state, layers).items()
-    tensors = {name: _cast(name, tensor, used, dtype).to(device) for name, tensor in present if name in used}
-    try:
-        policy.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        raise DuQuantError(" ".join(str(error).split())) from None
-    return policy.requires_grad_(requires_grad=False).eval()
 
 
 def place_quant_linears(
@@ -125,11 +54,3 @@ def with_shared_tensors(state: Mapping[str, Tensor], layers: Mapping[str, LayerS
         if f"{spec.group}.{tensor}" in state
     }
     return dict(state) | shared
-
-
-def _cast(name: str, tensor: Tensor, used: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Quantized layers keep their dtypes; floating-point weights take the policy's, or fp32 where openpi does."""
-    quantized = name.rpartition(".")[0] + ".weight_packed" in used
-    if quantized:
-        return tensor
-    return tensor.to(torch.float32 if kept_in_float32(name) else dtype)

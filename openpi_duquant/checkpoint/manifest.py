@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from openpi_duquant.architecture import EXPERT_LM_HEAD
+from openpi_duquant.architecture import Architecture
+from openpi_duquant.architecture import kept_in_float32
+from openpi_duquant.architecture import parameter_shapes
 from openpi_duquant.checkpoint.files import TensorType
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.engine.architecture import EXPERT_LM_HEAD
-from openpi_duquant.engine.architecture import Architecture
-from openpi_duquant.engine.architecture import kept_in_float32
-from openpi_duquant.engine.architecture import parameter_shapes
 from openpi_duquant.linear import LayerSpec
 from openpi_duquant.linear.spec import SHARED_TENSORS
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from openpi_duquant import synthetic
 from openpi_duquant.accuracy import layer_errors
 from openpi_duquant.accuracy import relative_error
+from openpi_duquant.architecture import SMALL
+from openpi_duquant.architecture import Architecture
 from openpi_duquant.checkpoint import SafetensorsReader
-from openpi_duquant.checkpoint import load_policy
 from openpi_duquant.checkpoint.files import iter_bytes
-from openpi_duquant.checkpoint.load import assemble
 from openpi_duquant.commands.comparison import markdown
 from openpi_duquant.commands.comparison import plot
 from openpi_duquant.commands.console import byte_progress
@@ -26,10 +26,10 @@ from openpi_duquant.config import preset as preset_config
 from openpi_duquant.convert import convert
 from openpi_duquant.convert import folded_tensors
 from openpi_duquant.convert import make_plan
-from openpi_duquant.engine import Architecture
 from openpi_duquant.engine import Observation
 from openpi_duquant.engine import Policy
-from openpi_duquant.engine.architecture import SMALL
+from openpi_duquant.engine import assemble
+from openpi_duquant.engine import load_policy
 from openpi_duquant.report import stamp
 from openpi_duquant.report import write_json
 

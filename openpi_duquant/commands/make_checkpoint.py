@@ -9,10 +9,10 @@ import torch
 import tyro
 
 from openpi_duquant import synthetic
+from openpi_duquant.architecture import PI05
+from openpi_duquant.architecture import SMALL
 from openpi_duquant.commands.console import byte_progress
 from openpi_duquant.commands.console import console
-from openpi_duquant.engine.architecture import PI05
-from openpi_duquant.engine.architecture import SMALL
 
 
 def make_checkpoint(

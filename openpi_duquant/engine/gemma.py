@@ -10,7 +10,7 @@ from torch import Tensor
 from torch import nn
 import torch.nn.functional as F  # noqa: N812
 
-from openpi_duquant.engine.architecture import TransformerSize
+from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.linear import shared_forward
 
 _EPS = 1e-6

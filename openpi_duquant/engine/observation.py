@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F  # noqa: N812
 
+from openpi_duquant.architecture import IMAGE_SIZE
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.engine.architecture import IMAGE_SIZE
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch import nn
 import torch.nn.functional as F  # noqa: N812
 
+from openpi_duquant.architecture import Architecture
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.engine.architecture import Architecture
 from openpi_duquant.engine.gemma import ActionExpert
 from openpi_duquant.engine.gemma import KeyValue
 from openpi_duquant.engine.gemma import LanguageModel

@@ -5,9 +5,9 @@ from torch import Tensor
 from torch import nn
 import torch.nn.functional as F  # noqa: N812
 
-from openpi_duquant.engine.architecture import IMAGE_SIZE
-from openpi_duquant.engine.architecture import PATCH_SIZE
-from openpi_duquant.engine.architecture import TransformerSize
+from openpi_duquant.architecture import IMAGE_SIZE
+from openpi_duquant.architecture import PATCH_SIZE
+from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.linear import shared_forward
 
 _EPS = 1e-6

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch import nn
 
 from openpi_duquant.accuracy import relative_error
+from openpi_duquant.architecture import EMBEDDING
 from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.checkpoint import SafetensorsReader
-from openpi_duquant.checkpoint import load_policy
-from openpi_duquant.checkpoint.load import assemble
 from openpi_duquant.checkpoint.load import place_quant_linears
 from openpi_duquant.checkpoint.load import with_shared_tensors
 from openpi_duquant.config import PRESETS
@@ -26,7 +25,8 @@ from openpi_duquant.convert import convert
 from openpi_duquant.convert import folded_tensors
 from openpi_duquant.convert import make_plan
 from openpi_duquant.engine import Observation
-from openpi_duquant.engine.architecture import EMBEDDING
+from openpi_duquant.engine import assemble
+from openpi_duquant.engine import load_policy
 from openpi_duquant.engine.observation import CAMERAS
 
 pytestmark = pytest.mark.openpi
