@@ -1,0 +1,100 @@
+"""Preprocessing of observations."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_duquant.config import DuQuantError
+from openpi_duquant.engine.observation import CAMERAS
+from openpi_duquant.engine.observation import Observation
+from openpi_duquant.engine.observation import prepare_image
+from openpi_duquant.engine.observation import preprocess
+from openpi_duquant.engine.observation import resize_with_padding
+
+BASE, LEFT, RIGHT = CAMERAS
+
+
+def observation(*, masks: dict[str, list[bool]], lengths: tuple[int, ...] = (3, 5)) -> Observation:
+    """Grey images of all cameras, prompts of these lengths padded to 8."""
+    batch = len(lengths)
+    return Observation(
+        images={name: torch.full((batch, 224, 224, 3), index, dtype=torch.uint8) for index, name in enumerate(CAMERAS)},
+        image_masks={name: torch.tensor(mask) for name, mask in masks.items()},
+        tokenized_prompt=torch.arange(batch * 8, dtype=torch.int32).reshape(batch, 8),
+        tokenized_prompt_mask=torch.arange(8)[None] < torch.tensor(lengths)[:, None],
+    )
+
+
+def test_uint8_spans_minus_one_to_one() -> None:
+    image = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(1, 224, 224, 3)
+    prepared = prepare_image(BASE, image)
+    assert prepared.shape == (1, 3, 224, 224)
+    torch.testing.assert_close(prepared[0, :, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))
+
+
+def test_channels_may_come_first_or_last() -> None:
+    image = torch.rand(2, 3, 224, 224) * 2 - 1
+    assert torch.equal(prepare_image(BASE, image), prepare_image(BASE, image.permute(0, 2, 3, 1)))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "rows", "columns"),
+    [
+        (100, 200, (56, 168), (0, 224)),
+        (480, 240, (0, 224), (56, 168)),
+        (448, 448, (0, 224), (0, 224)),
+        (90, 224, (67, 157), (0, 224)),
+        (224, 101, (0, 224), (61, 162)),  # an odd margin: the smaller half comes first
+    ],
+)
+def test_resizing_keeps_the_aspect_and_centres_on_black(
+    height: int, width: int, rows: tuple[int, int], columns: tuple[int, int]
+) -> None:
+    resized = resize_with_padding(torch.full((1, 3, height, width), 0.25))
+    expected = torch.full((1, 3, 224, 224), -1.0)
+    expected[..., slice(*rows), slice(*columns)] = 0.25
+    torch.testing.assert_close(resized, expected)
+
+
+def test_halving_averages_pairs_of_pixels() -> None:
+    image = torch.rand(1, 3, 448, 448) * 2 - 1
+    torch.testing.assert_close(resize_with_padding(image), torch.nn.functional.avg_pool2d(image, 2))
+
+
+@pytest.mark.parametrize("image", [torch.zeros(1, 224, 224), torch.zeros(1, 4, 224, 224), torch.zeros(1, 224, 224, 1)])
+def test_other_shapes_are_refused(image: Tensor) -> None:
+    with pytest.raises(DuQuantError, match=r"camera base_0_rgb: images \(1, "):
+        prepare_image(BASE, image)
+
+
+def test_other_dtypes_are_refused() -> None:
+    with pytest.raises(DuQuantError, match=r"camera base_0_rgb: images are torch\.int32"):
+        prepare_image(BASE, torch.zeros(1, 3, 224, 224, dtype=torch.int32))
+
+
+def test_what_is_masked_in_the_whole_batch_is_dropped() -> None:
+    prefix = preprocess(observation(masks={LEFT: [False, False], RIGHT: [True, False]}))
+    assert prefix.images.shape == (2, 2, 3, 224, 224)
+    torch.testing.assert_close(prefix.images[:, 1], torch.full((2, 3, 224, 224), 2 / 255 * 2 - 1))  # the right camera
+    assert prefix.image_mask.tolist() == [[True, True], [True, False]]
+    assert prefix.tokens.tolist() == [[0, 1, 2, 3, 4], [8, 9, 10, 11, 12]]
+    assert prefix.token_mask.sum(1).tolist() == [3, 5]
+
+
+def test_a_masked_camera_needs_no_image() -> None:
+    complete = observation(masks={RIGHT: [False, False]})
+    images = {name: image for name, image in complete.images.items() if name != RIGHT}
+    partial = Observation(images, complete.image_masks, complete.tokenized_prompt, complete.tokenized_prompt_mask)
+    assert torch.equal(preprocess(partial).images, preprocess(complete).images)
+
+
+def test_a_live_camera_without_an_image_is_named() -> None:
+    complete = observation(masks={})
+    images = {name: image for name, image in complete.images.items() if name != LEFT}
+    with pytest.raises(DuQuantError, match="camera left_wrist_0_rgb has no image"):
+        preprocess(Observation(images, {}, complete.tokenized_prompt, complete.tokenized_prompt_mask))
+
+
+def test_one_camera_must_be_live() -> None:
+    with pytest.raises(DuQuantError, match="every camera is masked"):
+        preprocess(observation(masks={name: [False, False] for name in CAMERAS}))

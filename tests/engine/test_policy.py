@@ -1,0 +1,120 @@
+"""The policies: what moves their actions and what cannot. Equality with openpi's is tested in tests/openpi."""
+
+import dataclasses
+
+import pytest
+from tiny import TINY
+from tiny import random_state
+import torch
+from torch import Tensor
+
+from openpi_duquant import synthetic
+from openpi_duquant.accuracy import relative_error
+from openpi_duquant.architecture import EXPERT_LM_HEAD
+from openpi_duquant.architecture import LANGUAGE_MODEL
+from openpi_duquant.architecture import PI05
+from openpi_duquant.architecture import SMALL
+from openpi_duquant.architecture import Architecture
+from openpi_duquant.architecture import parameter_shapes
+from openpi_duquant.config import DuQuantError
+from openpi_duquant.engine import Observation
+from openpi_duquant.engine import Policy
+from openpi_duquant.engine import assemble
+from openpi_duquant.engine import build_policy
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["pi05", "pi0"])
+def policy(request: pytest.FixtureRequest) -> Policy:
+    """A tiny policy of both kinds, fp32."""
+    architecture = dataclasses.replace(TINY, pi05=request.param)
+    return assemble(architecture, random_state(architecture), {}, backend="auto", dtype=torch.float32)
+
+
+def observe(seed: int = 0, prompt_tokens: int = 6) -> tuple[Observation, Tensor]:
+    """An observation and noise that suit the tiny policy."""
+    return synthetic.libero_like_observation(TINY, seed=seed, prompt_tokens=prompt_tokens)
+
+
+def joined(first: Observation, second: Observation) -> Observation:
+    """A batch of two."""
+    masks = {name: torch.cat((mask, second.image_masks[name])) for name, mask in first.image_masks.items()}
+    return Observation(
+        {name: torch.cat((image, second.images[name])) for name, image in first.images.items()},
+        masks,
+        torch.cat((first.tokenized_prompt, second.tokenized_prompt)),
+        torch.cat((first.tokenized_prompt_mask, second.tokenized_prompt_mask)),
+        torch.cat((first.state, second.state)),
+    )
+
+
+def test_a_batch_gives_what_its_members_give_alone(policy: Policy) -> None:
+    (first, noise), (second, other) = observe(0, prompt_tokens=3), observe(1, prompt_tokens=9)
+    both = policy.sample_actions(joined(first, second), torch.cat((noise, other)))
+    alone = torch.cat((policy.sample_actions(first, noise), policy.sample_actions(second, other)))
+    assert relative_error(both, alone) < 1e-5
+
+
+def test_masked_pixels_and_prompt_padding_do_not_matter(policy: Policy) -> None:
+    observation, noise = observe()
+    images = dict(observation.images) | {"right_wrist_0_rgb": 255 - observation.images["right_wrist_0_rgb"]}
+    tokens = torch.where(observation.tokenized_prompt_mask, observation.tokenized_prompt, 5)
+    changed = dataclasses.replace(observation, images=images, tokenized_prompt=tokens)
+    assert torch.equal(policy.sample_actions(changed, noise), policy.sample_actions(observation, noise))
+
+
+@pytest.mark.parametrize("what", ["image", "prompt", "noise", "state"])
+def test_what_is_seen_matters(policy: Policy, what: str) -> None:
+    observation, noise = observe()
+    other, other_noise = observe(seed=1)
+    changed = {
+        "image": lambda: dataclasses.replace(observation, images=other.images),
+        "prompt": lambda: dataclasses.replace(observation, tokenized_prompt=other.tokenized_prompt),
+        "state": lambda: dataclasses.replace(observation, state=other.state),
+        "noise": lambda: observation,
+    }[what]()
+    before = policy.sample_actions(observation, noise)
+    after = policy.sample_actions(changed, other_noise if what == "noise" else noise)
+    unread = what == "state" and policy.architecture.pi05
+    assert torch.equal(before, after) == unread
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 10])
+def test_a_constant_velocity_is_integrated_from_one_to_zero(policy: Policy, num_steps: int) -> None:
+    observation, noise = observe()
+    head = policy.action_out_proj
+    weight, bias = head.weight.clone(), head.bias.clone()
+    try:
+        head.weight.zero_()
+        head.bias.copy_(torch.linspace(-1, 1, 32))
+        actions = policy.sample_actions(observation, noise, num_steps=num_steps)
+    finally:
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    torch.testing.assert_close(actions, noise - torch.linspace(-1, 1, 32))
+
+
+def test_the_engine_leaves_out_only_what_nothing_reads() -> None:
+    with torch.device("meta"):
+        held = set(build_policy(PI05).state_dict())
+    last = LANGUAGE_MODEL + "layers.17."
+    unread = {last + f"self_attn.{name}.weight" for name in ("q_proj", "o_proj")}
+    unread |= {last + f"mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
+    unread |= {last + "post_attention_layernorm.weight", LANGUAGE_MODEL + "norm.weight"}
+    assert set(parameter_shapes(PI05)) - held == unread
+    assert EXPERT_LM_HEAD not in held
+
+
+def test_pi0_needs_a_state() -> None:
+    architecture = dataclasses.replace(TINY, pi05=False)
+    policy = assemble(architecture, random_state(architecture), {}, backend="auto", dtype=torch.float32)
+    observation, noise = observe()
+    for state, shape in ((None, "None"), (torch.zeros(1, 8), r"\(1, 8\)")):
+        with pytest.raises(DuQuantError, match=rf"state: pi0 reads \[1, 32\], got {shape}"):
+            policy.sample_actions(dataclasses.replace(observation, state=state), noise)
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+def test_an_architecture_is_inferred_from_shapes(*, pi05: bool) -> None:
+    for architecture in (PI05, SMALL, TINY):
+        expected = dataclasses.replace(architecture, pi05=pi05)
+        assert Architecture.infer(synthetic.checkpoint_shapes(expected)) == expected
