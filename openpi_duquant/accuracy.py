@@ -1,12 +1,17 @@
 """How far a quantized policy is from the original: actions, and layer by layer."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 from torch import nn
 
+from openpi_duquant import packing
+from openpi_duquant import quant
+from openpi_duquant import transforms
+from openpi_duquant.linear import LayerSpec
 from openpi_duquant.linear import QuantLinear
 
 
@@ -14,6 +19,21 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """||actual - expected|| / ||expected|| over all elements, in fp64; 0 where both are zero."""
     error = (actual.double() - expected.double()).norm()
     return 0.0 if error == 0 else (error / expected.double().norm()).item()
+
+
+def weight_error(weight: Tensor, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> float:
+    """Relative error of a quantized weight, in the space in which it is stored.
+
+    Args:
+        weight: [N, K], the floating-point weight after folds.
+        spec: The layer.
+        tensors: Those that `LayerSpec.tensors` names.
+    """
+    layer = QuantLinear(dataclasses.replace(spec, bias=False), device="meta")
+    layer.load_state_dict(dict(tensors), assign=True)
+    stored = quant.dequantize_weight(packing.unpack(layer.weight_packed), layer.weight_scale)
+    expected = layer.transform.dual().apply(weight.float())
+    return relative_error(stored, transforms.rotate_rows(expected, transforms.inverse(layer.restore)))
 
 
 def layer_errors(folded: nn.Module, quantized: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, float]:

@@ -64,20 +64,28 @@ class QuantLinear(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_scale.device)).dtype
         return self
 
+    @property
+    def transform(self) -> transforms.Transform:
+        """What is done to the input before it is rounded."""
+        rotation = _rotation(self.spec.rotation, self.spec.rotation_block, self.rotation)
+        return transforms.Transform(self.pre_rotation, self.permutation, rotation)
+
+    @property
+    def restore(self) -> transforms.Rotation:
+        """The rotation that restores the output."""
+        return _rotation(self.spec.output_rotation, self.spec.output_rotation_block, self.output_rotation)
+
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Transforms x [..., K] and rounds it: codes [M, K] int8 and act_scale [M, 1]; weights only: fp32 and None."""
-        rotation = _rotation(self.spec.rotation, self.spec.rotation_block, self.rotation)
-        transform = transforms.Transform(self.pre_rotation, self.permutation, rotation)
         x = x.reshape(-1, self.in_features)
         if self.spec.activation_bits == 16:
-            return transform.apply(x.float()), None
-        return reference.transform_and_quantize(x, transform)
+            return self.transform.apply(x.float()), None
+        return reference.transform_and_quantize(x, self.transform)
 
     def matmul(self, a: Tensor, act_scale: Tensor | None, like: Tensor) -> Tensor:
         """The product with what `quantize_input(like)` returned: [..., N], the dtype of `like` [..., K]."""
-        restore = _rotation(self.spec.output_rotation, self.spec.output_rotation_block, self.output_rotation)
         y = kernels.BACKENDS[self.backend](
-            a, act_scale, self.weight_packed, self.weight_scale, self.bias, restore, like.dtype
+            a, act_scale, self.weight_packed, self.weight_scale, self.bias, self.restore, like.dtype
         )
         return y.reshape(*like.shape[:-1], self.out_features)
 

@@ -1,0 +1,91 @@
+"""openpi-duquant doctor."""
+
+from collections.abc import Iterator
+import importlib.metadata
+import importlib.util
+import pathlib
+import platform
+import sys
+from typing import NamedTuple
+
+import torch
+
+from openpi_duquant import kernels
+from openpi_duquant.commands.console import console
+from openpi_duquant.report import markdown_table
+
+OPENPI_FIX = "git clone https://github.com/Physical-Intelligence/openpi && cd openpi && uv sync, then install openpi-duquant there"
+TRANSFORMERS = "4.53.2"
+
+
+class Finding(NamedTuple):
+    """One line of the report: what, how it stands, and the command or step that would mend it."""
+
+    what: str
+    state: str
+    fix: str = ""
+
+
+def doctor() -> None:
+    """Show versions, devices and backends: what runs here, what does not and why, and the command that would fix it.
+
+    The exit status is 1 if something that every use needs is broken.
+    """
+    findings = [*_versions(), *_devices(), *_backends(), *_openpi()]
+    console.print(markdown_table(("what", "state", "to mend it"), findings))
+    if any(finding.state.startswith("broken") for finding in findings):
+        sys.exit(1)
+
+
+def _versions() -> Iterator[Finding]:
+    for package in ("openpi-duquant", "numpy", "safetensors"):
+        yield Finding(package, importlib.metadata.version(package))
+    yield Finding("python", platform.python_version())
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    fits = (2, 7) <= version < (2, 14)
+    yield Finding(
+        "torch",
+        torch.__version__ if fits else f"broken: {torch.__version__} is not from 2.7.1 to 2.13",
+        "" if fits else 'pip install "torch>=2.7.1,<2.14"',
+    )
+
+
+def _devices() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        reason = "no CUDA device is visible" if built else "this torch is built without CUDA"
+        yield Finding(
+            "GPU", f"none: {reason}", "nvidia-smi shows whether there is one" if built else "install a CUDA build"
+        )
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        state = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        yield Finding(f"GPU {index}", state)
+
+
+def _backends() -> Iterator[Finding]:
+    for name in kernels.BACKENDS:
+        yield Finding(f"backend {name}", "runs, on any device")
+    yield Finding("backend auto", f"takes {kernels.resolve('auto')}")
+
+
+def _openpi() -> Iterator[Finding]:
+    """The engine needs no openpi; the plugin does, and the package of that name on PyPI is an empty placeholder."""
+    if importlib.util.find_spec("openpi") is None:
+        yield Finding("openpi", "not installed; conversion and the engine run without it", OPENPI_FIX)
+        return
+    if importlib.util.find_spec("openpi.models_pytorch") is None:
+        fix = f"pip uninstall openpi; {OPENPI_FIX}"
+        yield Finding("openpi", "PyPI's placeholder: an empty package, not Physical Intelligence's openpi", fix)
+        return
+    yield Finding("openpi", "installed")
+    found = importlib.util.find_spec("transformers")
+    version = importlib.metadata.version("transformers") if found else "none"
+    if found is None or version != TRANSFORMERS:
+        fix = f"pip install transformers=={TRANSFORMERS}"
+        yield Finding("transformers", f"{version}; openpi's PyTorch models need {TRANSFORMERS}", fix)
+    elif not (pathlib.Path(found.origin).parent / "models" / "siglip" / "check.py").exists():
+        fix = "cp -r src/openpi/models_pytorch/transformers_replace/* <folder of transformers>, in openpi's checkout"
+        yield Finding("transformers", f"{version}, without openpi's transformers_replace", fix)
+    else:
+        yield Finding("transformers", f"{version}, with openpi's transformers_replace")

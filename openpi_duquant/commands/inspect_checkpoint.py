@@ -1,0 +1,160 @@
+"""openpi-duquant inspect-checkpoint."""
+
+from collections.abc import Iterable, Mapping
+import pathlib
+from typing import Any
+
+from torch import Tensor
+import tyro
+
+from openpi_duquant.accuracy import weight_error
+from openpi_duquant.architecture import EMBEDDING
+from openpi_duquant.architecture import PALIGEMMA
+from openpi_duquant.checkpoint import Manifest
+from openpi_duquant.checkpoint import SafetensorsReader
+from openpi_duquant.checkpoint.files import TensorType
+from openpi_duquant.checkpoint.files import iter_bytes
+from openpi_duquant.checkpoint.load import verify
+from openpi_duquant.checkpoint.load import with_shared_tensors
+from openpi_duquant.commands.console import byte_progress
+from openpi_duquant.commands.console import console
+from openpi_duquant.config import ACTION_EXPERT
+from openpi_duquant.config import LANGUAGE_MODEL
+from openpi_duquant.config import DuQuantError
+from openpi_duquant.convert import folded_tensors
+from openpi_duquant.convert import make_plan
+from openpi_duquant.report import markdown_table
+from openpi_duquant.report import write_json
+
+COMPONENTS = {
+    "vision tower": PALIGEMMA + "model.vision_tower.",
+    "projector": PALIGEMMA + "model.multi_modal_projector.",
+    "language model": LANGUAGE_MODEL,
+    "embedding": EMBEDDING,
+    "action expert": ACTION_EXPERT,
+    "action and time heads": "",
+}
+
+
+def inspect_checkpoint(
+    checkpoint: tyro.conf.Positional[pathlib.Path],
+    *,
+    source: pathlib.Path | None = None,
+    output: pathlib.Path | None = None,
+) -> None:
+    """Show what a converted checkpoint holds: components, layers, bits, folds, bytes; errors, given the source.
+
+    Args:
+        checkpoint: A checkpoint that convert-checkpoint made.
+        source: The checkpoint it was made of: adds the relative error of every layer's weight.
+        output: Folder for inspection.md and inspection.json.
+    """
+    manifest = Manifest.load(checkpoint)
+    with SafetensorsReader(checkpoint) as reader:
+        verify(reader, manifest, checkpoint)
+        errors = _weight_errors(reader, manifest, source) if source else {}
+        results = _results(reader.types, manifest, errors)
+    text = _markdown(checkpoint.name, manifest, results)
+    console.print(text)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "inspection.md").write_text(text + "\n")
+        write_json(output / "inspection.json", results)
+
+
+def _weight_errors(converted: SafetensorsReader, manifest: Manifest, source: pathlib.Path) -> dict[str, float]:
+    """Relative error of every layer's weight against the folded source, computed layer by layer."""
+    with SafetensorsReader(source) as reader:
+        if reader.digest() != manifest.source["sha256"]:
+            raise DuQuantError(f"{source}: is not the checkpoint that this one was made of (sha256 differs)")
+        plan = make_plan(reader.types, manifest.config)
+        errors = {}
+        with byte_progress("Comparing weights", sum(iter_bytes(plan.source))) as progress:
+            for name, weight in folded_tensors(reader.read, plan):
+                layer = name.removesuffix(".weight")
+                if layer in manifest.layers:
+                    tensors = _layer_tensors(converted, manifest, layer)
+                    errors[layer] = weight_error(weight, manifest.layers[layer], tensors)
+                progress(sum(iter_bytes({name: plan.source[name]})))
+    return errors
+
+
+def _layer_tensors(reader: SafetensorsReader, manifest: Manifest, layer: str) -> dict[str, Tensor]:
+    spec = manifest.layers[layer]
+    stored = (f"{owner}.{tensor}" for owner in {layer, spec.group} for tensor in spec.tensors())
+    state = {name: reader.read(name) for name in stored if name in reader.types}
+    state = with_shared_tensors(state, {layer: spec})
+    return {tensor: state[f"{layer}.{tensor}"] for tensor in spec.tensors()}
+
+
+def _results(types: Mapping[str, TensorType], manifest: Manifest, errors: Mapping[str, float]) -> dict[str, Any]:
+    components: dict[str, dict[str, int]] = {}
+    sizes = dict(zip(types, iter_bytes(types)))
+    for name, size in sizes.items():
+        component = components.setdefault(_component(name), {"bytes": 0, "quantized_layers": 0, "quantized_bytes": 0})
+        component["bytes"] += size
+        component["quantized_bytes"] += size if name.rpartition(".")[0] in manifest.layers else 0
+    for layer in manifest.layers:
+        components[_component(layer)]["quantized_layers"] += 1
+    layers = {
+        layer: {
+            "shape": [spec.out_features, spec.in_features],
+            "weight_bits": spec.weight_bits,
+            "activation_bits": spec.activation_bits,
+            "run_time": _run_time(layer, manifest),
+            "folded": [fold["kind"] for fold in manifest.folds if layer.startswith(tuple(fold["prefixes"]))],
+            "bytes": sum(size for name, size in sizes.items() if name.rpartition(".")[0] == layer),
+            "weight_error": errors.get(layer),
+        }
+        for layer, spec in manifest.layers.items()
+    }
+    return {"components": components, "layers": layers, "folds": manifest.folds, "counts": manifest.counts}
+
+
+def _component(name: str) -> str:
+    return next(component for component, prefix in COMPONENTS.items() if name.startswith(prefix))
+
+
+def _run_time(layer: str, manifest: Manifest) -> list[str]:
+    """What is done to the layer's input and output at run time."""
+    spec = manifest.layers[layer]
+    steps = {
+        f"rotate {spec.rotation_block}": spec.pre_rotation,
+        "permute": spec.permute,
+        f"{spec.rotation} {spec.rotation_block}": spec.rotation_block > 0,
+        f"restore {spec.output_rotation} {spec.output_rotation_block}": spec.output_rotation in ("hadamard", "matrix"),
+    }
+    return [step for step, done in steps.items() if done]
+
+
+def _markdown(title: str, manifest: Manifest, results: Mapping[str, Any]) -> str:
+    components = [
+        (name, values["quantized_layers"], f"{values['bytes']:,}", f"{values['quantized_bytes']:,}")
+        for name, values in results["components"].items()
+    ]
+    layers = [
+        (
+            name,
+            "x".join(map(str, values["shape"])),
+            f"W{values['weight_bits']}A{values['activation_bits']}",
+            _joined(values["run_time"]),
+            _joined(values["folded"]),
+            f"{values['bytes']:,}",
+            "" if values["weight_error"] is None else f"{values['weight_error']:.4f}",
+        )
+        for name, values in results["layers"].items()
+    ]
+    counts = manifest.counts
+    sections = [
+        f"# {title}",
+        f"{counts['layers']} quantized layers, {len(manifest.folds)} folds, {counts['bytes']:,} bytes; made by "
+        f"openpi-duquant {manifest.tool_version} from {manifest.source['bytes']:,} bytes of "
+        f"{'/'.join(manifest.source['dtypes'])} (sha256 {manifest.source['sha256'][:16]}...)",
+        markdown_table(("component", "quantized layers", "bytes", "of these in quantized layers"), components),
+        markdown_table(("layer", "out x in", "bits", "at run time", "folded", "bytes", "weight error"), layers),
+    ]
+    return "\n\n".join(sections)
+
+
+def _joined(steps: Iterable[str]) -> str:
+    return ", ".join(steps) or "-"
