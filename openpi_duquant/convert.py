@@ -176,7 +176,7 @@ def _folded_units(read: Callable[[str], Tensor], plan: Plan) -> Iterator[dict[st
         weights = {name: read(name) for name in names}
         for name, weight in weights.items():
             require_finite(name, weight)
-        folds = [fold for fold in plan.folds if _within(fold, weights)]
+        folds = [fold for fold in plan.folds if fold.tensors[0] in weights]
         yield apply_folds(weights, folds, plan.layers, plan.config)
 
 
@@ -189,10 +189,6 @@ def _units(plan: Plan) -> list[list[str]]:
         key = index if index is not None else layer.group if layer else name
         units.setdefault(key, []).append(name)
     return list(units.values())
-
-
-def _within(fold: Fold, weights: Mapping[str, Tensor]) -> bool:
-    return any(name.startswith(fold.prefixes[0]) for name in weights)
 
 
 def _quantized(weights: Mapping[str, Tensor], plan: Plan) -> Iterator[tuple[str, Tensor]]:

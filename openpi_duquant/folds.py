@@ -41,14 +41,14 @@ class Fold:
 
     Attributes:
         kind: "norm_gain", "down_permutation" or "value_head".
-        prefixes: The decoder layers it touches, as "...layers.3."; two for a value head.
-        norm: Of a norm gain, the norm's tensor within the layer.
+        prefixes: The decoder layers it works on, as "...layers.3."; two for a value head.
+        tensors: Names of all tensors it changes.
         block: Of a value head, the block of its zigzag and rotation.
     """
 
     kind: str
     prefixes: tuple[str, ...]
-    norm: str = ""
+    tensors: tuple[str, ...]
     block: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -83,10 +83,12 @@ def plan_folds(
     for prefix in prefixes:
         for norm, consumers in _NORM_CONSUMERS.items():
             if prefix + norm in tensors and any(prefix + consumer in specs for consumer in consumers):
-                folds.append(Fold("norm_gain", (prefix,), norm=norm))
+                names = (prefix + norm, *(f"{prefix}{consumer}.weight" for consumer in consumers))
+                folds.append(Fold("norm_gain", (prefix,), names))
         down = prefix + "mlp.down_proj"
         if down in specs and specs[down].permute and not specs[down].pre_rotation:
-            folds.append(Fold("down_permutation", (prefix,)))
+            names = tuple(f"{prefix}mlp.{projection}_proj.weight" for projection in ("gate", "up", "down"))
+            folds.append(Fold("down_permutation", (prefix,), names))
             remaining[down] = dataclasses.replace(specs[down], permute=False)
     for prefix in (prefix for prefix in prefixes if prefix.startswith(LANGUAGE_MODEL)):
         both = prefix, prefix.replace(LANGUAGE_MODEL, ACTION_EXPERT)
@@ -95,7 +97,8 @@ def plan_folds(
         if not (outputs or propagated) or not (config.permute or config.rotation != "none"):
             continue
         block = math.gcd(config.rotation_block, tensors[prefix + "self_attn.v_proj.weight"][0])
-        folds.append(Fold("value_head", both, block=block))
+        names = tuple(f"{each}self_attn.{projection}_proj.weight" for each in both for projection in ("v", "o"))
+        folds.append(Fold("value_head", both, names, block))
         for name in outputs:
             remaining[name] = dataclasses.replace(specs[name], **_FOLDED_INPUT)
         for name in propagated:
@@ -126,32 +129,29 @@ def apply_folds(
     weights = dict(weights)
     for fold in folds:
         if fold.kind == "norm_gain":
-            weights |= fold_norm_gain(weights, fold.prefixes[0], fold.norm)
+            weights |= fold_norm_gain(weights, *fold.tensors)
         elif fold.kind == "down_permutation":
-            weights |= fold_down_permutation(weights, fold.prefixes[0], specs, config)
+            weights |= fold_down_permutation(weights, *fold.tensors, specs, config)
         else:
             weights |= fold_value_head(weights, fold, specs, config)
     return weights
 
 
-def fold_norm_gain(weights: Weights, prefix: str, norm: str) -> Weights:
+def fold_norm_gain(weights: Weights, norm: str, *consumers: str) -> Weights:
     """Moves the gain (1 + w) [K] of a norm into the columns of its consumers [N, K]; returns what changed."""
-    gain = 1.0 + weights[prefix + norm].float()
-    names = [f"{prefix}{consumer}.weight" for consumer in _NORM_CONSUMERS[norm]]
-    return {name: weights[name].float() * gain for name in names} | {prefix + norm: torch.zeros_like(gain)}
+    gain = 1.0 + weights[norm].float()
+    return {name: weights[name].float() * gain for name in consumers} | {norm: torch.zeros_like(gain)}
 
 
 def fold_down_permutation(
-    weights: Weights, prefix: str, specs: Mapping[str, LayerSpec], config: DuQuantConfig
+    weights: Weights, gate: str, up: str, down: str, specs: Mapping[str, LayerSpec], config: DuQuantConfig
 ) -> Weights:
     """Permutes the rows of `gate` and `up` and the columns of `down`, by the zigzag of `down`; returns what changed."""
-    down = prefix + "mlp.down_proj"
-    energy = fitting.channel_energy(weights[down + ".weight"], config.smoothing)
-    block = specs[down].rotation_block or math.gcd(config.rotation_block, specs[down].in_features)
+    spec = specs[down.removesuffix(".weight")]
+    energy = fitting.channel_energy(weights[down], config.smoothing)
+    block = spec.rotation_block or math.gcd(config.rotation_block, spec.in_features)
     permutation = fitting.zigzag_permutation(energy, block)
-    inputs = prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"
-    rows = {name: weights[name][permutation] for name in inputs}
-    return rows | {down + ".weight": weights[down + ".weight"][:, permutation]}
+    return {gate: weights[gate][permutation], up: weights[up][permutation], down: weights[down][:, permutation]}
 
 
 def fold_value_head(weights: Weights, fold: Fold, specs: Mapping[str, LayerSpec], config: DuQuantConfig) -> Weights:
@@ -163,7 +163,7 @@ def fold_value_head(weights: Weights, fold: Fold, specs: Mapping[str, LayerSpec]
     Returns:
         The `v` and `o` weights of both models.
     """
-    head_dim = len(weights[fold.prefixes[0] + "self_attn.v_proj.weight"])
+    head_dim = len(weights[fold.tensors[0]])
     samples = [weights[name + ".weight"].float() for name in _projections(fold.prefixes, specs, "o_proj")]
     samples = samples or [weights[name + ".weight"].float().T for name in _projections(fold.prefixes, specs, "v_proj")]
     heads = torch.cat([sample.reshape(-1, head_dim) for sample in samples])
@@ -171,8 +171,7 @@ def fold_value_head(weights: Weights, fold: Fold, specs: Mapping[str, LayerSpec]
         heads, config.rotation, fold.block, permute=config.permute, smoothing=config.smoothing
     )
     changed = {}
-    for prefix in fold.prefixes:
-        value, output = prefix + "self_attn.v_proj.weight", prefix + "self_attn.o_proj.weight"
+    for value, output in zip(fold.tensors[::2], fold.tensors[1::2]):
         changed[value] = transform.apply(weights[value].float().T).T.contiguous()
         by_head = weights[output].float().unflatten(1, (-1, head_dim))
         changed[output] = transform.dual().apply(by_head).flatten(1)

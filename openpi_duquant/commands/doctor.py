@@ -12,9 +12,10 @@ import torch
 
 from openpi_duquant import kernels
 from openpi_duquant.commands.console import console
-from openpi_duquant.report import markdown_table
 
-OPENPI_FIX = "git clone https://github.com/Physical-Intelligence/openpi && cd openpi && uv sync, then install openpi-duquant there"
+OPENPI_FIX = (
+    "git clone https://github.com/Physical-Intelligence/openpi && cd openpi && uv sync, then install this there"
+)
 TRANSFORMERS = "4.53.2"
 
 
@@ -32,7 +33,8 @@ def doctor() -> None:
     The exit status is 1 if something that every use needs is broken.
     """
     findings = [*_versions(), *_devices(), *_backends(), *_openpi()]
-    console.print(markdown_table(("what", "state", "to mend it"), findings))
+    for what, state, fix in findings:
+        console.print(f"{what:<18} {state}" + (f"\n{'':<18} -> {fix}" if fix else ""))
     if any(finding.state.startswith("broken") for finding in findings):
         sys.exit(1)
 
@@ -54,9 +56,7 @@ def _devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda
         reason = "no CUDA device is visible" if built else "this torch is built without CUDA"
-        yield Finding(
-            "GPU", f"none: {reason}", "nvidia-smi shows whether there is one" if built else "install a CUDA build"
-        )
+        yield Finding("GPU", f"none: {reason}", "nvidia-smi" if built else "install a CUDA build of torch")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         state = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"

@@ -102,7 +102,7 @@ def _results(types: Mapping[str, TensorType], manifest: Manifest, errors: Mappin
             "weight_bits": spec.weight_bits,
             "activation_bits": spec.activation_bits,
             "run_time": _run_time(layer, manifest),
-            "folded": [fold["kind"] for fold in manifest.folds if layer.startswith(tuple(fold["prefixes"]))],
+            "folded": [fold["kind"] for fold in manifest.folds if f"{layer}.weight" in fold["tensors"]],
             "bytes": sum(size for name, size in sizes.items() if name.rpartition(".")[0] == layer),
             "weight_error": errors.get(layer),
         }
@@ -145,11 +145,11 @@ def _markdown(title: str, manifest: Manifest, results: Mapping[str, Any]) -> str
         for name, values in results["layers"].items()
     ]
     counts = manifest.counts
+    origin = f"{manifest.source['bytes']:,} bytes of {'/'.join(manifest.source['dtypes'])}"
     sections = [
         f"# {title}",
-        f"{counts['layers']} quantized layers, {len(manifest.folds)} folds, {counts['bytes']:,} bytes; made by "
-        f"openpi-duquant {manifest.tool_version} from {manifest.source['bytes']:,} bytes of "
-        f"{'/'.join(manifest.source['dtypes'])} (sha256 {manifest.source['sha256'][:16]}...)",
+        f"{counts['layers']} quantized layers, {len(manifest.folds)} folds, {counts['bytes']:,} bytes.",
+        f"Made by openpi-duquant {manifest.tool_version} from {origin} (sha256 {manifest.source['sha256'][:16]}...).",
         markdown_table(("component", "quantized layers", "bytes", "of these in quantized layers"), components),
         markdown_table(("layer", "out x in", "bits", "at run time", "folded", "bytes", "weight error"), layers),
     ]
