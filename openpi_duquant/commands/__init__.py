@@ -5,6 +5,7 @@ import sys
 
 import tyro
 
+from openpi_duquant.commands.bench_convert import bench_convert
 from openpi_duquant.commands.convert_checkpoint import convert_checkpoint
 from openpi_duquant.commands.demo import demo
 from openpi_duquant.commands.doctor import doctor
@@ -18,6 +19,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "make-checkpoint": make_checkpoint,
     "demo": demo,
     "doctor": doctor,
+    "bench-convert": bench_convert,
 }
 
 

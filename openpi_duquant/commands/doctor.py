@@ -13,9 +13,7 @@ import torch
 from openpi_duquant import kernels
 from openpi_duquant.commands.console import console
 
-OPENPI_FIX = (
-    "git clone https://github.com/Physical-Intelligence/openpi && cd openpi && uv sync, then install this there"
-)
+OPENPI_FIX = "git clone https://github.com/Physical-Intelligence/openpi && cd openpi && uv sync; install this there"
 TRANSFORMERS = "4.53.2"
 
 
