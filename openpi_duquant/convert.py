@@ -118,6 +118,7 @@ def convert(
         if target.exists():
             raise DuQuantError(f"{target}: exists already; name another folder or remove it")
         plan = make_plan(reader.types, config)
+        _require_space(target, plan.counts()["bytes"])
         before = [path.stat() for path in reader.files]
         with _renamed_when_whole(target) as partial:
             with SafetensorsWriter(partial / WEIGHTS_NAME, plan.types) as writer:
@@ -130,6 +131,13 @@ def convert(
             if [(s.st_size, s.st_mtime_ns) for s in before] != [(s.st_size, s.st_mtime_ns) for s in after]:
                 raise DuQuantError(f"{source}: changed while it was read; convert it again when it is complete")
     return manifest
+
+
+def _require_space(target: pathlib.Path, needed: int) -> None:
+    existing = next(folder for folder in target.resolve().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DuQuantError(f"{target}: takes {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB left")
 
 
 def open_source(source: pathlib.Path) -> SafetensorsReader:
@@ -238,6 +246,8 @@ def _renamed_when_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         yield partial
         partial.chmod(0o755)
+        if target.exists():
+            raise DuQuantError(f"{target}: was made by something else meanwhile; it is left as it is")
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

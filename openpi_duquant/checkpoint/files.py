@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 from types import TracebackType
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 from safetensors import safe_open
@@ -36,7 +37,10 @@ TensorType = tuple[torch.dtype, tuple[int, ...]]
 
 
 class SafetensorsReader(contextlib.AbstractContextManager):
-    """The tensors of a checkpoint folder: `model.safetensors`, or the shards its index names; memory-mapped.
+    """The tensors of a checkpoint folder: `model.safetensors`, or the shards its index names.
+
+    The library checks the files; tensors are then read, not memory-mapped: a file that shrinks under a map kills the
+    process, a short read is an error that can be told.
 
     Args:
         folder: The checkpoint.
@@ -48,7 +52,7 @@ class SafetensorsReader(contextlib.AbstractContextManager):
     def __init__(self, folder: pathlib.Path) -> None:
         self.files = _weight_files(folder)
         self.types: dict[str, TensorType] = {}
-        self._handles: dict[str, safe_open] = {}
+        self._places: dict[str, tuple[BinaryIO, int]] = {}
         with contextlib.ExitStack() as stack:
             for path in self.files:
                 self._open(path, stack)
@@ -56,11 +60,14 @@ class SafetensorsReader(contextlib.AbstractContextManager):
 
     def _open(self, path: pathlib.Path, stack: contextlib.ExitStack) -> None:
         try:
-            handle = stack.enter_context(safe_open(path, framework="pt"))
-            for name in handle.keys():  # noqa: SIM118
-                part = handle.get_slice(name)
-                self.types[name] = DTYPES[part.get_dtype()], tuple(part.get_shape())
-                self._handles[name] = handle
+            with safe_open(path, framework="pt"):
+                file = stack.enter_context(path.open("rb"))
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                self.types[name] = DTYPES[entry["dtype"]], tuple(entry["shape"])
+                self._places[name] = file, 8 + length + entry["data_offsets"][0]
         except (SafetensorError, OSError, KeyError) as error:
             raise DuQuantError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
 
@@ -73,12 +80,16 @@ class SafetensorsReader(contextlib.AbstractContextManager):
         """The tensor of that name, on the CPU, as stored.
 
         Raises:
-            DuQuantError: If the file can no longer be read.
+            DuQuantError: If the file has shrunk or can no longer be read.
         """
-        try:
-            return self._handles[name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise DuQuantError(f"{self.files[0].parent}: tensor {name} cannot be read ({error})") from None
+        dtype, shape = self.types[name]
+        file, offset = self._places[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        file.seek(offset)
+        if file.readinto(content) != len(content):
+            raise DuQuantError(f"{file.name}: ends within tensor {name}; it was truncated while it was read")
+        return tensor
 
     def digest(self) -> str:
         """SHA-256 over the bytes of all files."""
@@ -100,6 +111,11 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         raise DuQuantError(f"{folder}: no such folder; give the folder that holds {WEIGHTS_NAME}")
     if (folder / WEIGHTS_NAME).is_file():
         return [folder / WEIGHTS_NAME]
+    if (folder / "params").is_dir():
+        raise DuQuantError(
+            f"{folder}: a JAX checkpoint; convert it with openpi's examples/convert_jax_model_to_pytorch.py "
+            f"--checkpoint_dir {folder} --config_name <config> --output_path <folder>, then convert that folder"
+        )
     if not (folder / INDEX_NAME).is_file():
         raise DuQuantError(f"{folder}: holds no {WEIGHTS_NAME}; is it a PyTorch checkpoint of openpi?")
     try:
@@ -140,12 +156,18 @@ class SafetensorsWriter(contextlib.AbstractContextManager):
 
         Raises:
             ValueError: If it is not one that was announced, or was written before.
+            DuQuantError: If the disk is full or fails.
         """
         if name not in self._missing or (tensor.dtype, tuple(tensor.shape)) != self._types[name]:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} was not announced as such, or comes twice")
         self._missing.remove(name)
-        self._file.seek(self._begin + self._offsets[name])
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        try:
+            self._file.seek(self._begin + self._offsets[name])
+            self._file.write(content)
+            self._file.flush()
+        except OSError as error:
+            raise DuQuantError(f"{self._file.name}: cannot be written ({error.strerror}); nothing was kept") from None
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
