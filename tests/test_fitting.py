@@ -1,5 +1,6 @@
 """The greedy rotation, and whole transforms; zigzag and singular vectors are tested with `transforms`."""
 
+import itertools
 import math
 
 import pytest
@@ -43,7 +44,7 @@ def test_more_greedy_steps_are_never_worse() -> None:
         rotation = fitting.greedy_rotation(samples, 32, steps=steps)[0]
         peaks.append((samples.double() @ rotation).abs().max().item())
     assert peaks[0] == samples.abs().max()
-    assert all(later <= earlier + 1e-5 for earlier, later in zip(peaks, peaks[1:]))
+    assert all(later <= earlier + 1e-5 for earlier, later in itertools.pairwise(peaks))
     assert peaks[-1] < 0.5 * peaks[0]
 
 
