@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import tempfile
 
+import torch
 from torch import Tensor
 
 from openpi_duquant.architecture import Architecture
@@ -95,7 +96,12 @@ def make_plan(source: Mapping[str, TensorType], config: DuQuantConfig) -> Plan:
 
 
 def convert(
-    source: pathlib.Path, target: pathlib.Path, config: DuQuantConfig, *, progress: Progress = lambda _: None
+    source: pathlib.Path,
+    target: pathlib.Path,
+    config: DuQuantConfig,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda _: None,
 ) -> Manifest:
     """Converts a checkpoint of openpi into a W4A8 checkpoint.
 
@@ -105,6 +111,7 @@ def convert(
         source: Folder with `model.safetensors` (or its shards) and `assets/`.
         target: Folder to make.
         config: The configuration.
+        device: Where the arithmetic is done, one decoder layer at a time.
         progress: Called with source bytes as they are done.
 
     Returns:
@@ -122,7 +129,7 @@ def convert(
         before = [path.stat() for path in reader.files]
         with _renamed_when_whole(target) as partial:
             with SafetensorsWriter(partial / WEIGHTS_NAME, plan.types) as writer:
-                for name, tensor in convert_tensors(reader.read, plan, progress):
+                for name, tensor in convert_tensors(lambda name: reader.read(name).to(device), plan, progress):
                     writer.write(name, tensor)
             _copy_assets(source, partial)
             manifest = _manifest(reader, plan, partial)
@@ -157,7 +164,7 @@ def convert_tensors(
     """The tensors of the result, one decoder layer of both Gemmas after the other.
 
     Args:
-        read: Returns a tensor of the source by name.
+        read: Returns a tensor of the source by name, on the device where the arithmetic is done.
         plan: The plan.
         progress: Called with source bytes as they are done.
 
@@ -166,7 +173,7 @@ def convert_tensors(
     """
     types = plan.types
     for weights in _folded_units(read, plan):
-        yield from _quantized(weights, plan)
+        yield from ((name, tensor) for name, tensor in _quantized(weights, plan) if name in types)
         for name, weight in weights.items():
             if name in types:
                 yield name, weight.to(types[name][0])
@@ -201,13 +208,10 @@ def _units(plan: Plan) -> list[list[str]]:
 
 def _quantized(weights: Mapping[str, Tensor], plan: Plan) -> Iterator[tuple[str, Tensor]]:
     present = {layer: spec for layer, spec in plan.layers.items() if layer + ".weight" in weights}
-    types = plan.types
     for layers in members_by_group(present).values():
         tensors = quantize_group({layer: weights[layer + ".weight"] for layer in layers}, plan.layers, plan.config)
         for layer, by_name in tensors.items():
-            for name, tensor in by_name.items():
-                if f"{layer}.{name}" in types:
-                    yield f"{layer}.{name}", tensor
+            yield from ((f"{layer}.{name}", tensor) for name, tensor in by_name.items())
 
 
 def _copy_assets(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -124,8 +124,8 @@ def greedy_rotation(samples: Tensor, block: int, *, steps: int = GREEDY_STEPS, s
     blocks = samples.float().reshape(len(samples), -1, block).transpose(0, 1)
     rows = blocks.abs().amax(2).topk(min(len(samples), GREEDY_SAMPLES), dim=1).indices
     values = blocks.gather(1, rows.unsqueeze(-1).expand(-1, -1, block))
-    spread = _spreading_matrix(block, seed)
-    rotation = torch.eye(block, dtype=torch.float64).repeat(len(blocks), 1, 1)
+    spread = _spreading_matrix(block, seed).to(samples.device)
+    rotation = torch.eye(block, dtype=torch.float64, device=samples.device).repeat(len(blocks), 1, 1)
     best, least = rotation, values.abs().amax((1, 2))
     for _ in range(steps):
         step = _with_first_channel(spread, values.abs().amax(1).argmax(1))
@@ -148,7 +148,7 @@ def _spreading_matrix(block: int, seed: int) -> Tensor:
 
 def _with_first_channel(spread: Tensor, channel: Tensor) -> Tensor:
     """The matrix with its first and its `channel`-th row and column exchanged, for every channel [C]: [C, B, B]."""
-    order = torch.arange(len(spread)).repeat(len(channel), 1)
-    each = torch.arange(len(channel))
+    order = torch.arange(len(spread), device=channel.device).repeat(len(channel), 1)
+    each = torch.arange(len(channel), device=channel.device)
     order[each, channel], order[:, 0] = 0, channel
     return spread[order.unsqueeze(2), order.unsqueeze(1)]

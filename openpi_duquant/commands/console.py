@@ -10,6 +10,9 @@ from rich.progress import Progress
 from rich.progress import TextColumn
 from rich.progress import TimeElapsedColumn
 from rich.progress import TimeRemainingColumn
+import torch
+
+from openpi_duquant.config import DuQuantError
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -28,3 +31,18 @@ def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.advance(task, done)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        DuQuantError: If there is no such device here.
+    """
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+    except RuntimeError:
+        raise DuQuantError(f"unknown device {name!r}: give cpu, cuda, cuda:<index> or auto") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DuQuantError(f"device {name}: {count} CUDA devices are visible; openpi-duquant doctor")
+    return device

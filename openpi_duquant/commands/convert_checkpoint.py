@@ -12,6 +12,7 @@ import tyro
 from openpi_duquant.checkpoint.files import iter_bytes
 from openpi_duquant.commands.console import byte_progress
 from openpi_duquant.commands.console import console
+from openpi_duquant.commands.console import resolve_device
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import preset as preset_config
 from openpi_duquant.config import read_environment
@@ -46,6 +47,7 @@ def convert_checkpoint(
     target: tyro.conf.Positional[pathlib.Path | None] = None,
     *,
     preset: str = "default",
+    device: str = "auto",
     dry_run: bool = False,
     config: tyro.conf.OmitArgPrefixes[Overrides] = Overrides(),  # noqa: B008
 ) -> None:
@@ -58,9 +60,11 @@ def convert_checkpoint(
         source: Folder with model.safetensors and assets/.
         target: Folder to make; <source>-<preset> beside the source, or in OPENPI_DUQUANT_PACKDIR, when not given.
         preset: default, simple, optimized, dit_qkvo, llm, full_llm_dit or quantvla.
+        device: Where the arithmetic is done: cpu, cuda, cuda:1, or auto (cuda where there is one).
         dry_run: List layers and totals, write nothing.
         config: Fields of the configuration, where they shall differ from the preset's.
     """
+    where = resolve_device(device)
     environment = read_environment()
     packdir = environment.pop("packdir", None)
     dry_run = environment.pop("dry_run", False) or dry_run
@@ -76,7 +80,7 @@ def convert_checkpoint(
         target = (pathlib.Path(packdir) if packdir else source.resolve().parent) / f"{source.resolve().name}-{preset}"
     start = time.monotonic()
     with byte_progress(f"Converting {source.name}", sum(iter_bytes(plan.source))) as progress:
-        convert(source, target, config, progress=progress)
+        convert(source, target, config, device=where, progress=progress)
     console.print(_totals(plan))
     console.print(f"wrote {target} in {time.monotonic() - start:.0f} s")
 

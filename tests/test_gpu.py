@@ -1,0 +1,82 @@
+"""The same on a CUDA device: exact accumulators, the engine's actions, conversion."""
+
+import dataclasses
+import pathlib
+
+import pytest
+from tiny import TINY
+import torch
+
+from openpi_duquant import synthetic
+from openpi_duquant.accuracy import relative_error
+from openpi_duquant.config import PRESETS
+from openpi_duquant.config import DuQuantConfig
+from openpi_duquant.convert import convert
+from openpi_duquant.engine import Observation
+from openpi_duquant.engine import load_policy
+from openpi_duquant.kernels import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def on_gpu(observation: Observation) -> Observation:
+    """The observation on the GPU."""
+    return Observation(
+        {name: image.cuda() for name, image in observation.images.items()},
+        {name: mask.cuda() for name, mask in observation.image_masks.items()},
+        observation.tokenized_prompt.cuda(),
+        observation.tokenized_prompt_mask.cuda(),
+        observation.state.cuda(),
+    )
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 3, 127])
+def test_accumulators_are_exact(rows: int, bits: int, precision: str) -> None:
+    codes = torch.randint(-127, 128, (rows, 16384), dtype=torch.int8)
+    weight = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (65, 16384), dtype=torch.int8)
+    codes[0], weight[0] = 127, -(2 ** (bits - 1))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)  # openpi sets "high"
+    try:
+        actual = reference.integer_matmul(codes.cuda(), weight.cuda()).cpu()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(actual.long(), codes.long() @ weight.long().T)
+
+
+@pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])
+@pytest.mark.parametrize("preset", [None, "default", "optimized"])
+def test_the_policy_gives_the_cpus_actions(tmp_path: pathlib.Path, preset: str | None, *, pi05: bool) -> None:
+    architecture = dataclasses.replace(TINY, pi05=pi05)
+    folder = tmp_path / "original"
+    synthetic.make_checkpoint(folder, architecture)
+    if preset:
+        folder = tmp_path / "converted"
+        convert(tmp_path / "original", folder, dataclasses.replace(PRESETS[preset], activation_bits=16))
+    observation, noise = synthetic.libero_like_observation(architecture, prompt_tokens=6)
+    expected = load_policy(folder, dtype=torch.float32).sample_actions(observation, noise)
+    policy = load_policy(folder, dtype=torch.float32, device="cuda")
+    actual = policy.sample_actions(on_gpu(observation), noise.cuda()).cpu()
+    assert relative_error(actual - noise, expected - noise) < 1e-4
+    moved = policy.cpu().sample_actions(observation, noise)
+    assert relative_error(moved - noise, expected - noise) < 1e-5
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "svd", "duquant"])
+def test_conversion_on_a_gpu_is_as_good(tmp_path: pathlib.Path, rotation: str) -> None:
+    synthetic.make_checkpoint(tmp_path / "original", TINY)
+    config = DuQuantConfig(rotation=rotation, rotation_block=16, row_rotation="restore", weight_bits=8)
+    observation, noise = synthetic.libero_like_observation(TINY, prompt_tokens=6)
+    expected = load_policy(tmp_path / "original", dtype=torch.float32).sample_actions(observation, noise)
+    errors = []
+    for device in ("cpu", "cuda"):
+        convert(tmp_path / "original", tmp_path / device, config, device=device)
+        actions = load_policy(tmp_path / device, dtype=torch.float32).sample_actions(observation, noise)
+        errors.append(relative_error(actions - noise, expected - noise))
+    assert errors[1] < 0.1
+    assert errors[1] < 2 * errors[0]
