@@ -43,6 +43,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
     except RuntimeError:
         raise DuQuantError(f"unknown device {name!r}: give cpu, cuda, cuda:<index> or auto") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DuQuantError(f"device {name}: {count} CUDA devices are visible; openpi-duquant doctor")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise DuQuantError(f"device {name}: {count} CUDA devices are visible here; see openpi-duquant doctor")
     return device
