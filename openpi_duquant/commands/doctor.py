@@ -69,7 +69,8 @@ def _backends() -> Iterator[Finding]:
 
 def _openpi() -> Iterator[Finding]:
     """The engine needs no openpi; the plugin does, and the package of that name on PyPI is an empty placeholder."""
-    if importlib.util.find_spec("openpi") is None:
+    spec = importlib.util.find_spec("openpi")
+    if spec is None or spec.origin is None:  # without origin: some folder of that name, no package
         yield Finding("openpi", "not installed; conversion and the engine run without it", OPENPI_FIX)
         return
     if importlib.util.find_spec("openpi.models_pytorch") is None:
