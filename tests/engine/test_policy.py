@@ -1,4 +1,4 @@
-"""The policies: what moves their actions and what cannot. Equality with openpi's is tested in tests/openpi."""
+"""The policies: what moves their actions and what cannot. Equality with openpi's is tested in tests/with_openpi."""
 
 import dataclasses
 
