@@ -64,10 +64,7 @@ class Architecture:
         Raises:
             DuQuantError: If they are not those of a pi0 or pi0.5 checkpoint of openpi; names the first that differs.
         """
-        try:
-            found = cls._read(shapes)
-        except (KeyError, ValueError) as error:
-            raise DuQuantError(f"not a pi0 or pi0.5 checkpoint of openpi: tensor {error.args[0]} is missing") from None
+        found = cls._read(shapes)
         expected = parameter_shapes(found)
         for name in sorted(set(expected) | (set(shapes) - {EXPERT_LM_HEAD})):
             if expected.get(name) != shapes.get(name):
@@ -79,14 +76,14 @@ class Architecture:
 
     @classmethod
     def _read(cls, shapes: Mapping[str, tuple[int, ...]]) -> "Architecture":
-        fc1, width = shapes[VISION_MODEL + "encoder.layers.0.mlp.fc1.weight"]
+        fc1, width = _matrix(shapes, VISION_MODEL + "encoder.layers.0.mlp.fc1.weight")
         depth = _count(shapes, VISION_MODEL + "encoder.layers.{}.mlp.fc1.weight")
         return cls(
             vision=TransformerSize(width, depth, fc1, max(1, width // VISION_HEAD_DIM), VISION_HEAD_DIM),
             language=_gemma_size(shapes, LANGUAGE_MODEL),
             expert=_gemma_size(shapes, ACTION_EXPERT),
-            vocab_size=shapes[EMBEDDING + ".weight"][0],
-            action_dim=shapes["action_out_proj.weight"][0],
+            vocab_size=_matrix(shapes, EMBEDDING + ".weight")[0],
+            action_dim=_matrix(shapes, "action_out_proj.weight")[0],
             pi05="action_time_mlp_in.weight" not in shapes,
         )
 
@@ -110,6 +107,15 @@ SMALL = Architecture(
 """A pi0.5 that converts and runs in seconds on a laptop, for tests and the demo."""
 
 
+def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
+    shape = shapes.get(name)
+    if shape is None or len(shape) != 2 or 0 in shape:
+        raise DuQuantError(
+            f"not a pi0 or pi0.5 checkpoint of openpi: tensor {name} is {shape or 'missing'}, expected a matrix"
+        )
+    return shape[0], shape[1]
+
+
 def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
     """Layers whose tensor, named by the pattern, is there."""
     depth = 0
@@ -119,9 +125,9 @@ def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
 
 
 def _gemma_size(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> TransformerSize:
-    mlp_dim, width = shapes[prefix + "layers.0.mlp.gate_proj.weight"]
-    head_dim = shapes[prefix + "layers.0.self_attn.k_proj.weight"][0]
-    heads = shapes[prefix + "layers.0.self_attn.q_proj.weight"][0] // head_dim
+    mlp_dim, width = _matrix(shapes, prefix + "layers.0.mlp.gate_proj.weight")
+    head_dim, _ = _matrix(shapes, prefix + "layers.0.self_attn.k_proj.weight")
+    heads = _matrix(shapes, prefix + "layers.0.self_attn.q_proj.weight")[0] // head_dim
     return TransformerSize(width, _count(shapes, prefix + "layers.{}.mlp.gate_proj.weight"), mlp_dim, heads, head_dim)
 
 

@@ -3,7 +3,7 @@
 This module imports nothing of ours, and it is the only one that reads the environment.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import difflib
 import os
@@ -15,6 +15,10 @@ ENVIRONMENT_PREFIX = "OPENPI_DUQUANT_"
 LANGUAGE_MODEL = "paligemma_with_expert.paligemma.model.language_model."
 ACTION_EXPERT = "paligemma_with_expert.gemma_expert.model."
 ACTION_HEAD = r"^(action_in_proj|action_out_proj|state_proj|(action_)?time_mlp_(in|out))$"
+
+
+Rule = tuple[Callable[[Any], bool], str]
+"""Whether a value will do, and what it must be."""
 
 
 class DuQuantError(Exception):
@@ -94,57 +98,79 @@ class DuQuantConfig:
         fields = {field.name for field in dataclasses.fields(cls)}
         if set(values) != fields:
             raise DuQuantError(f"DuQuantConfig: fields {sorted(fields ^ set(values))} are unknown or missing")
-        return cls(**{**values, "layers": tuple(values["layers"])})
+        layers = values["layers"]
+        return cls(**{**values, "layers": tuple(layers) if isinstance(layers, list) else layers})
 
 
-def _complaints(config: DuQuantConfig) -> list[str]:
-    def one_of(name: str, *allowed: object) -> tuple[bool, str]:
-        value = getattr(config, name)
-        return value in allowed, f"{name}: {value!r} is not one of {', '.join(map(str, allowed))}"
-
-    def power_of_two(value: int) -> bool:
-        return isinstance(value, int) and value > 1 and value & (value - 1) == 0
-
-    rules = [
-        one_of("weight_bits", 4, 8),
-        one_of("activation_bits", 8, 16),
-        one_of("scale_search", "mse", "max"),
-        one_of("rotation", "hadamard", "svd", "duquant", "none"),
-        one_of("row_rotation", "0", "restore", "propagate"),
-        (power_of_two(config.rotation_block), f"rotation_block: {config.rotation_block} is not a power of two above 1"),
-        (
-            config.output_rotation_block is None or power_of_two(config.output_rotation_block),
-            f"output_rotation_block: {config.output_rotation_block} is not a power of two above 1",
-        ),
-        (
-            config.row_rotation == "0" or config.rotation != "none",
-            f"row_rotation: {config.row_rotation!r} needs a rotation",
-        ),
-        (
-            config.group_size is None or (config.group_size > 0 and config.group_size % 2 == 0),
-            f"group_size: {config.group_size} is not a positive even number",
-        ),
-        (0 <= config.smoothing <= 1, f"smoothing: {config.smoothing} is not between 0 and 1"),
-        (
-            0 < config.activation_percentile <= 100,
-            f"activation_percentile: {config.activation_percentile} is not above 0 and at most 100",
-        ),
-        (
-            config.calibration_steps == 0,
-            f"calibration_steps: {config.calibration_steps} asks for static scales and needs calibration data; give 0",
-        ),
-    ]
-    rules += [(bits in (4, 8), f"layer_bits: {name}: {bits} is not 4 or 8") for name, bits in config.layer_bits.items()]
-    rules += [_regex_rule(name, getattr(config, name)) for name in ("include", "exclude")]
-    return [message for holds, message in rules if not holds]
+def _one_of(*allowed: object) -> Rule:
+    return lambda value: any(
+        type(value) is type(a) and value == a for a in allowed
+    ), f"one of {', '.join(map(str, allowed))}"
 
 
-def _regex_rule(name: str, pattern: str) -> tuple[bool, str]:
+def _number(low: float, high: float) -> Rule:
+    return lambda value: type(value) in (int, float) and low <= value <= high, f"between {low} and {high}"
+
+
+def _optional(rule: Rule) -> Rule:
+    return lambda value: value is None or rule[0](value), rule[1]
+
+
+def _is_regex(value: object) -> bool:
     try:
-        re.compile(pattern)
-    except re.error as error:
-        return False, f"{name}: {pattern!r} is not a regular expression: {error}"
-    return True, ""
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+def _is_power_of_two(value: object) -> bool:
+    return type(value) is int and value > 1 and value & (value - 1) == 0
+
+
+def _is_positive_and_even(value: object) -> bool:
+    return type(value) is int and value > 0 and value % 2 == 0
+
+
+def _are_bits_by_name(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) and bits in (4, 8) for name, bits in value.items())
+
+
+_FLAG: Rule = (lambda value: isinstance(value, bool)), "true or false"
+_REGEX: Rule = _is_regex, "a regular expression"
+_BLOCK: Rule = _is_power_of_two, "a power of two above 1"
+
+_RULES: dict[str, Rule] = {
+    "scope": ((lambda value: isinstance(value, str)), "a text"),
+    "include": _REGEX,
+    "exclude": _REGEX,
+    "layers": ((lambda value: isinstance(value, tuple) and all(isinstance(n, str) for n in value)), "a list of names"),
+    "include_action_head": _FLAG,
+    "weight_bits": _one_of(4, 8),
+    "layer_bits": (_are_bits_by_name, "4 or 8 by name"),
+    "activation_bits": _one_of(8, 16),
+    "group_size": _optional(
+        ((lambda value: type(value) is int and value > 0 and value % 2 == 0), "a positive even number")
+    ),
+    "scale_search": _one_of("mse", "max"),
+    "permute": _FLAG,
+    "smoothing": _number(0, 1),
+    "rotation": _one_of("hadamard", "svd", "duquant", "none"),
+    "rotation_block": _BLOCK,
+    "row_rotation": _one_of("0", "restore", "propagate"),
+    "output_rotation_block": _optional(_BLOCK),
+    "activation_percentile": _number(1, 100),
+    "calibration_steps": ((lambda value: type(value) is int and value == 0), "0: static scales need calibration data"),
+}
+"""What every field must be."""
+
+
+def _complaints(config: DuQuantConfig) -> Iterator[str]:
+    for name, (holds, wanted) in _RULES.items():
+        value = getattr(config, name)
+        if not holds(value):
+            yield f"{name}: {value!r} is not {wanted}"
+    if config.row_rotation != "0" and config.rotation == "none":
+        yield f"row_rotation: {config.row_rotation!r} needs a rotation"
 
 
 _RESEARCH = DuQuantConfig(rotation="svd", rotation_block=16, row_rotation="restore")
@@ -237,6 +263,8 @@ def read_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
         field, parse = VARIABLES[key]
         try:
             fields[field] = parse(text)
-        except ValueError as error:
+            if field in _RULES:
+                DuQuantConfig(**{field: fields[field]})
+        except (ValueError, DuQuantError) as error:
             raise DuQuantError(f"environment variable {name}={text!r}: {error}") from None
     return fields

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openpi_duquant.architecture import Architecture
 from openpi_duquant.architecture import linear_shapes
+from openpi_duquant.architecture import parameter_shapes
 from openpi_duquant.checkpoint.files import WEIGHTS_NAME
 from openpi_duquant.checkpoint.files import SafetensorsReader
 from openpi_duquant.checkpoint.files import SafetensorsWriter
@@ -34,6 +35,8 @@ from openpi_duquant.linear import quantize_group
 from openpi_duquant.linear.quantize import members_by_group
 from openpi_duquant.linear.quantize import require_finite
 
+SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 Progress = Callable[[int], None]
 """Called with the number of source bytes done since the last call."""
 
@@ -45,7 +48,7 @@ class Plan:
     Attributes:
         config: What was asked for.
         architecture: Sizes of the policy.
-        source: Dtype and shape of every tensor of the source.
+        source: Dtype and shape of every tensor of the source, in the order of `parameter_shapes`.
         layers: The quantized layers.
         folds: The folds, in order.
         float_dtypes: Dtype names of the tensors that stay in floating point.
@@ -87,12 +90,16 @@ def make_plan(source: Mapping[str, TensorType], config: DuQuantConfig) -> Plan:
     Raises:
         DuQuantError: If it is not a pi0 or pi0.5 checkpoint, or `config` selects nothing or does not fit it.
     """
-    shapes = {name: shape for name, (_, shape) in source.items()}
-    architecture = Architecture.infer(shapes)
+    architecture = Architecture.infer({name: shape for name, (_, shape) in source.items()})
+    for name, (dtype, _) in source.items():
+        if dtype not in SOURCE_DTYPES:
+            raise DuQuantError(f"{name}: is {dtype}; a checkpoint of openpi is float32, bfloat16 or float16")
+    shapes = parameter_shapes(architecture)
     biased = [name.removesuffix(".bias") for name in shapes if name.endswith(".bias")]
     specs = plan_layers(linear_shapes(shapes), biased, config)
     folds, specs = plan_folds(shapes, specs, config)
-    return Plan(config, architecture, dict(source), specs, folds, kept_dtypes(source, specs))
+    ordered = {name: source[name] for name in (*shapes, *source)}
+    return Plan(config, architecture, ordered, specs, folds, kept_dtypes(ordered, specs))
 
 
 def convert(
@@ -232,7 +239,7 @@ def _manifest(reader: SafetensorsReader, plan: Plan, target: pathlib.Path) -> Ma
         source={
             "sha256": reader.digest(),
             "dtypes": dtypes,
-            "bytes": sum(iter_bytes(plan.source)),
+            "bytes": sum(iter_bytes(reader.types)),
         },
         layers=plan.layers,
         folds=[fold.to_json() for fold in plan.folds],
@@ -245,6 +252,7 @@ def _manifest(reader: SafetensorsReader, plan: Plan, target: pathlib.Path) -> Ma
 @contextlib.contextmanager
 def _renamed_when_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary folder beside the target that becomes the target, or vanishes with whatever interrupts."""
+    missing = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -255,3 +263,6 @@ def _renamed_when_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in missing:
+            with contextlib.suppress(OSError):  # it holds the target
+                folder.rmdir()

@@ -37,12 +37,16 @@ def weight_scale(weight: Tensor, bits: int, group_size: int | None = None, searc
     """
     groups = weight.float().reshape(-1, group_size or weight.shape[1])
     low, high = code_range(bits)
-    largest = groups.abs().amax(1, keepdim=True) / high
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    largest = _positive(groups.abs().amax(1, keepdim=True) / high)
     if search == "mse":
         rows = max(1, _SEARCH_ELEMENTS // groups.shape[1])
         largest = torch.cat([_least_error(*part, low, high) for part in zip(groups.split(rows), largest.split(rows))])
     return largest.reshape(len(weight), -1)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """1 in place of 0, where all values are zero or too small to be divided."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def _least_error(groups: Tensor, largest: Tensor, low: int, high: int) -> Tensor:
@@ -86,8 +90,7 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         codes [M, K] int8 within -127..127, and act_scale [M, 1] fp32; a token of zeros has scale 1.
     """
-    largest = x.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest > 0, largest / ACTIVATION_MAX, torch.ones_like(largest))
+    scale = _positive(x.abs().amax(-1, keepdim=True) / ACTIVATION_MAX)
     return (x / scale).round().clamp(-ACTIVATION_MAX, ACTIVATION_MAX).to(torch.int8), scale
 
 

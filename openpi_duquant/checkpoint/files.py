@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import pathlib
+import sys
 from types import TracebackType
 from typing import BinaryIO
 
@@ -66,9 +67,13 @@ class SafetensorsReader(contextlib.AbstractContextManager):
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             for name, entry in header.items():
+                if name in self.types:
+                    raise DuQuantError(f"{path}: tensor {name} is in another shard too; fetch the checkpoint again")
+                if max(entry["shape"], default=0) > sys.maxsize:
+                    raise KeyError(f"a dimension of {name}")
                 self.types[name] = DTYPES[entry["dtype"]], tuple(entry["shape"])
                 self._places[name] = file, 8 + length + entry["data_offsets"][0]
-        except (SafetensorError, OSError, KeyError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise DuQuantError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
 
     @property
@@ -120,9 +125,12 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         raise DuQuantError(f"{folder}: holds no {WEIGHTS_NAME}; is it a PyTorch checkpoint of openpi?")
     try:
         names = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
-        return [folder / name for name in sorted(names)]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DuQuantError(f"{folder / INDEX_NAME}: not an index of safetensors shards ({error!r})") from None
+        shards = [folder / name for name in sorted(names) if name.encode()]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DuQuantError(f"{folder / INDEX_NAME}: not an index of shards ({type(error).__name__})") from None
+    if not shards:
+        raise DuQuantError(f"{folder / INDEX_NAME}: names no shards; fetch the checkpoint again")
+    return shards
 
 
 class SafetensorsWriter(contextlib.AbstractContextManager):

@@ -25,6 +25,9 @@ def verify(reader: SafetensorsReader, manifest: Manifest, folder: pathlib.Path) 
                 f"{folder}: tensor {name} is {reader.types.get(name, 'missing')}, its manifest says "
                 f"{expected.get(name, 'there is none')}; convert the source again"
             )
+    packed = sum(name.endswith(".weight_packed") for name in reader.types)
+    if not packed == len(manifest.layers) == manifest.counts["layers"]:
+        raise DuQuantError(f"{folder}: holds {packed} quantized layers, its manifest says {manifest.counts['layers']}")
     if reader.digest() != manifest.sha256:
         raise DuQuantError(f"{folder}: the weights are not the manifest's (sha256 differs); convert the source again")
 

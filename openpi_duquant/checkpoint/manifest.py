@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 import dataclasses
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -54,8 +55,9 @@ class Manifest:
         return output_types(self.architecture, self.layers, self.float_dtypes)
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes `folder/duquant.json`."""
-        values = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self) | {"config": self.config.to_json()}
+        """Writes `folder/duquant.json`, with a hash of its own content."""
+        values = dataclasses.asdict(self) | {"config": self.config.to_json()}
+        values = {"format_version": FORMAT_VERSION} | values | {"manifest_sha256": _digest(values)}
         (folder / MANIFEST_NAME).write_text(json.dumps(values, indent=1) + "\n")
 
     @classmethod
@@ -63,34 +65,28 @@ class Manifest:
         """Reads `folder/duquant.json`.
 
         Raises:
-            DuQuantError: If it is missing, of another format version, or damaged; says where.
+            DuQuantError: If it is missing, of another format version, or not as it was written.
         """
         path = folder / MANIFEST_NAME
         try:
             values = json.loads(path.read_text())
-            version = values.pop("format_version")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise DuQuantError(f"{path}: not a readable manifest ({error!r}); convert the source again") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise DuQuantError(f"{path}: not a readable manifest ({type(error).__name__})") from None
+        version = values.pop("format_version", None) if isinstance(values, dict) else None
         if version != FORMAT_VERSION:
             raise DuQuantError(
-                f"{path}: format version {version}, this openpi-duquant reads {FORMAT_VERSION}; "
+                f"{path}: format version {version!r}, this openpi-duquant reads {FORMAT_VERSION}; "
                 "install a matching version or convert the source again"
             )
-        try:
-            manifest = cls(
-                **values
-                | {
-                    "config": DuQuantConfig.from_json(values["config"]),
-                    "architecture": Architecture.from_json(values["architecture"]),
-                    "layers": {name: LayerSpec.from_json(name, spec) for name, spec in values["layers"].items()},
-                }
-            )
-            if manifest.counts["layers"] != len(manifest.layers):
-                raise DuQuantError(f"says {manifest.counts['layers']} quantized layers, lists {len(manifest.layers)}")
-            manifest.types()
-            return manifest
-        except (KeyError, TypeError, AttributeError, ValueError, DuQuantError) as error:
-            raise DuQuantError(f"{path}: damaged manifest ({error}); convert the source again") from None
+        if values.pop("manifest_sha256", None) != _digest(values):
+            raise DuQuantError(f"{path}: is not as it was written (its sha256 differs); convert the source again")
+        layers = {name: LayerSpec(**spec) for name, spec in values["layers"].items()}
+        config, architecture = DuQuantConfig.from_json(values["config"]), Architecture.from_json(values["architecture"])
+        return cls(**values | {"config": config, "architecture": architecture, "layers": layers})
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def output_types(

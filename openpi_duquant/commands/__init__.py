@@ -1,6 +1,7 @@
 """The commands, as `openpi-duquant <command>` and as `tools/<command>.py`."""
 
 from collections.abc import Callable
+import signal
 import sys
 
 import tyro
@@ -23,8 +24,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+def _terminate(*_: object) -> None:
+    """Ends the command as an error does, so that it cleans up."""
+    sys.exit("error: terminated; nothing was left behind")
+
+
 def main(command: str | None = None) -> None:
     """Runs a command, by name or the one that the command line names; mistakes end in one line and exit status 1."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         if command:
             tyro.cli(COMMANDS[command])

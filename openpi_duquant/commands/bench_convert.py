@@ -11,6 +11,7 @@ import tyro
 
 from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.commands.console import console
+from openpi_duquant.commands.console import refuse_variables
 from openpi_duquant.config import PRESETS
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.config import preset as preset_config
@@ -37,6 +38,7 @@ def bench_convert(
         output: Folder for the results.
         presets: Presets to convert with.
     """
+    refuse_variables("bench-convert")
     for name in presets:
         preset_config(name)
     output.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,9 @@ from rich.progress import TimeElapsedColumn
 from rich.progress import TimeRemainingColumn
 import torch
 
+from openpi_duquant.config import ENVIRONMENT_PREFIX
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.config import read_environment
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -47,3 +49,13 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise DuQuantError(f"device {name}: {count} CUDA devices are visible here; see openpi-duquant doctor")
     return device
+
+
+def refuse_variables(command: str) -> None:
+    """For a command that compares presets as they are: no OPENPI_DUQUANT_* variable may be set.
+
+    Raises:
+        DuQuantError: If one is, or is not known at all.
+    """
+    if read_environment():
+        raise DuQuantError(f"{command} takes presets as they are; unset the {ENVIRONMENT_PREFIX}* variables")

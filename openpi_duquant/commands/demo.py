@@ -22,6 +22,8 @@ from openpi_duquant.commands.comparison import markdown
 from openpi_duquant.commands.comparison import plot
 from openpi_duquant.commands.console import byte_progress
 from openpi_duquant.commands.console import console
+from openpi_duquant.commands.console import refuse_variables
+from openpi_duquant.config import DuQuantError
 from openpi_duquant.config import preset as preset_config
 from openpi_duquant.convert import convert
 from openpi_duquant.convert import folded_tensors
@@ -82,7 +84,10 @@ def demo(
         dtype: Type that policies compute in.
         seed: Of the random checkpoint, observation and noise.
     """
+    refuse_variables("demo")
     configs = {name: preset_config(name) for name in presets}
+    if not configs:
+        raise DuQuantError("presets: name at least one")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=output) as scratch:
         folder = pathlib.Path(scratch)

@@ -50,7 +50,8 @@ def accumulate(codes: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     rows, groups = weight_scale.shape
     if groups == 1:
         return integer_matmul(codes, weight) * weight_scale.T
-    by_group = codes.reshape(len(codes), groups, -1).transpose(0, 1), weight.reshape(rows, groups, -1).transpose(0, 1)
+    size = codes.shape[1] // groups
+    by_group = codes.reshape(-1, groups, size).transpose(0, 1), weight.reshape(rows, groups, size).transpose(0, 1)
     return (integer_matmul(*by_group) * weight_scale.T.unsqueeze(1)).sum(0)
 
 

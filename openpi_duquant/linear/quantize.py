@@ -20,14 +20,18 @@ from openpi_duquant.linear.spec import LayerSpec
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def group_leaders(names: Iterable[str]) -> dict[str, str]:
-    """Every layer's group: the first among q/k/v or gate/up siblings of those named, else the layer itself."""
-    leaders: dict[tuple[str, int | str], str] = {}
+def group_leaders(widths: Mapping[str, int]) -> dict[str, str]:
+    """Every layer's group: the first among q/k/v or gate/up siblings as wide as it is, else the layer itself.
+
+    Args:
+        widths: in_features of the layers, by name.
+    """
+    leaders: dict[tuple[str, int | str, int], str] = {}
     groups = {}
-    for name in names:
+    for name, width in widths.items():
         parent, _, child = name.rpartition(".")
         siblings = next((index for index, family in enumerate(_SIBLINGS) if child in family), child)
-        groups[name] = leaders.setdefault((parent, siblings), name)
+        groups[name] = leaders.setdefault((parent, siblings, width), name)
     return groups
 
 
@@ -56,7 +60,7 @@ def plan_layers(
         DuQuantError: If nothing is selected, or a width fits neither int4 packing nor the group size.
     """
     selected = select_linears(shapes, config)
-    groups = group_leaders(selected)
+    groups = group_leaders({name: shapes[name][1] for name in selected})
     with_bias = set(biased)
     specs = {}
     for name in selected:
@@ -166,10 +170,10 @@ def quantize_(model: nn.Module, config: DuQuantConfig, *, backend: str = "auto")
             require_finite(name, weight)
         for name, tensors in quantize_group(weights, specs, config).items():
             replacements[id(linears[name])] = quant_linear(linears[name], specs[name], tensors, backend)
-    for parent in list(model.modules()):
-        for child, module in list(parent.named_children()):
-            if id(module) in replacements:
-                setattr(parent, child, replacements[id(module)])
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in replacements:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, replacements[id(module)])
     return specs
 
 

@@ -1,12 +1,8 @@
 """What one quantized layer is: all that is needed to build it empty and to name its tensors."""
 
-from collections.abc import Mapping
 import dataclasses
-from typing import Any
 
 import torch
-
-from openpi_duquant.config import DuQuantError
 
 SHARED_TENSORS = ("pre_rotation", "permutation", "rotation")
 """Tensors that the layers of one group have in common."""
@@ -46,18 +42,6 @@ class LayerSpec:
     output_rotation: str
     output_rotation_block: int
     group: str
-
-    @classmethod
-    def from_json(cls, name: str, values: Mapping[str, Any]) -> "LayerSpec":
-        """The spec stored in a manifest.
-
-        Raises:
-            DuQuantError: On unknown or missing fields.
-        """
-        fields = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != fields:
-            raise DuQuantError(f"layer {name}: its record must have exactly the fields {', '.join(sorted(fields))}")
-        return cls(**values)
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of every tensor of the layer but its bias, whose dtype is the source's."""
