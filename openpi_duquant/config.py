@@ -103,9 +103,10 @@ class DuQuantConfig:
 
 
 def _one_of(*allowed: object) -> Rule:
-    return lambda value: any(
-        type(value) is type(a) and value == a for a in allowed
-    ), f"one of {', '.join(map(str, allowed))}"
+    def holds(value: object) -> bool:
+        return any(type(value) is type(choice) and value == choice for choice in allowed)
+
+    return holds, f"one of {', '.join(map(str, allowed))}"
 
 
 def _number(low: float, high: float) -> Rule:
@@ -148,9 +149,7 @@ _RULES: dict[str, Rule] = {
     "weight_bits": _one_of(4, 8),
     "layer_bits": (_are_bits_by_name, "4 or 8 by name"),
     "activation_bits": _one_of(8, 16),
-    "group_size": _optional(
-        ((lambda value: type(value) is int and value > 0 and value % 2 == 0), "a positive even number")
-    ),
+    "group_size": _optional((_is_positive_and_even, "a positive even number")),
     "scale_search": _one_of("mse", "max"),
     "permute": _FLAG,
     "smoothing": _number(0, 1),

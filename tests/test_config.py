@@ -192,7 +192,7 @@ def test_an_unknown_variable_is_named_with_a_hint(name: str, hint: str | None) -
         ("LS", "", ""),
         ("PERMUTE", "on", "0 or 1"),
         ("WBITS", "a", "name:bits"),
-        ("WBITS", "a:x", ""),
+        ("WBITS", "a:", ""),
     ],
 )
 def test_a_malformed_value_names_its_variable(key: str, text: str, reason: str) -> None:
