@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("openpi-duquant", "torch", "numpy", "safetensors")
+_PACKAGES = ("openpi-duquant", "numpy", "safetensors")
 
 
 def stamp() -> dict[str, Any]:
     """Date, versions, machine type, GPU (None without one) and the commit of this package (None outside a checkout)."""
     return {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()}
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}
         | {package: importlib.metadata.version(package) for package in _PACKAGES},
         "machine": platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -34,18 +34,22 @@ UNUSUAL = DuQuantConfig(
 )
 
 BAD: dict[str, list[Any]] = {
-    "weight_bits": [3, True],
+    "permute": ["no", 1],
+    "include_action_head": [None],
+    "layers": [["a"], (1,)],
+    "weight_bits": [3, True, 4.0],
     "activation_bits": [4],
     "scale_search": ["best"],
     "rotation": ["hadamrad"],
     "row_rotation": ["undo", 0],
     "rotation_block": [48, 1, 0, -16, 16.0],
     "output_rotation_block": [24, 0],
-    "group_size": [0, 33, -32],
+    "group_size": [0, 33, -32, "x"],
     "smoothing": [-0.1, 1.5, float("nan")],
     "activation_percentile": [0.0, 100.5],
     "calibration_steps": [1, -1],
     "layer_bits": [{"a": 5}],
+    "scope": [3],
     "include": ["("],
     "exclude": ["*"],
 }
@@ -143,14 +147,7 @@ def test_json_with_other_fields_names_them(added: dict[str, int], removed: tuple
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [
-        ("smoothing", "a"),
-        ("include", 5),
-        ("layer_bits", None),
-        ("layers", None),
-        ("group_size", "x"),
-        ("permute", "no"),
-    ],
+    [("smoothing", "a"), ("include", 5), ("layer_bits", None), ("layers", None), ("layers", "abc"), ("scope", 3)],
 )
 def test_json_of_a_wrong_type_names_the_field(field: str, value: object) -> None:
     with pytest.raises(DuQuantError, match=field):
@@ -188,11 +185,11 @@ def test_an_unknown_variable_is_named_with_a_hint(name: str, hint: str | None) -
 @pytest.mark.parametrize(
     ("key", "text", "reason"),
     [
-        ("ABITS", "8.0", ""),
         ("LS", "", ""),
         ("PERMUTE", "on", "0 or 1"),
         ("WBITS", "a", "name:bits"),
-        ("WBITS", "a:", ""),
+        ("ABITS", "4", "8, 16"),
+        ("BLOCK", "x", ""),
     ],
 )
 def test_a_malformed_value_names_its_variable(key: str, text: str, reason: str) -> None:
