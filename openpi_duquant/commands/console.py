@@ -5,8 +5,8 @@ import contextlib
 
 from rich.console import Console
 from rich.progress import BarColumn
-from rich.progress import DownloadColumn
 from rich.progress import Progress
+from rich.progress import TaskProgressColumn
 from rich.progress import TextColumn
 from rich.progress import TimeElapsedColumn
 from rich.progress import TimeRemainingColumn
@@ -19,20 +19,19 @@ from openpi_duquant.config import read_environment
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
+def progress_bars() -> Progress:
+    """Bars with the share done, elapsed time and ETA, on stderr; a context manager."""
+    eta = TextColumn("ETA"), TimeRemainingColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), *eta
+    return Progress(*columns, console=Console(stderr=True))
+
+
 @contextlib.contextmanager
-def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over bytes with elapsed time and ETA; yields the function that moves it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda done: progress.advance(task, done)
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """One bar; yields the function that moves it."""
+    with progress_bars() as bars:
+        task = bars.add_task(title, total=total)
+        yield lambda done: bars.advance(task, done)
 
 
 def resolve_device(name: str) -> torch.device:

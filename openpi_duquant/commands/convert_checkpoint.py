@@ -10,8 +10,8 @@ import docstring_parser
 import tyro
 
 from openpi_duquant.checkpoint.files import iter_bytes
-from openpi_duquant.commands.console import byte_progress
 from openpi_duquant.commands.console import console
+from openpi_duquant.commands.console import progress_bar
 from openpi_duquant.commands.console import resolve_device
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import preset as preset_config
@@ -79,7 +79,7 @@ def convert_checkpoint(
     if target is None:
         target = (pathlib.Path(packdir) if packdir else source.resolve().parent) / f"{source.resolve().name}-{preset}"
     start = time.monotonic()
-    with byte_progress(f"Converting {source.name}", sum(iter_bytes(plan.source))) as progress:
+    with progress_bar(f"Converting {source.name}", sum(iter_bytes(plan.source))) as progress:
         convert(source, target, config, device=where, progress=progress)
     console.print(_totals(plan))
     console.print(f"wrote {target} in {time.monotonic() - start:.0f} s")

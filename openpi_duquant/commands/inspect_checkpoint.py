@@ -16,8 +16,8 @@ from openpi_duquant.checkpoint.files import TensorType
 from openpi_duquant.checkpoint.files import iter_bytes
 from openpi_duquant.checkpoint.load import verify
 from openpi_duquant.checkpoint.load import with_shared_tensors
-from openpi_duquant.commands.console import byte_progress
 from openpi_duquant.commands.console import console
+from openpi_duquant.commands.console import progress_bar
 from openpi_duquant.config import ACTION_EXPERT
 from openpi_duquant.config import LANGUAGE_MODEL
 from openpi_duquant.config import DuQuantError
@@ -69,7 +69,7 @@ def _weight_errors(converted: SafetensorsReader, manifest: Manifest, source: pat
             raise DuQuantError(f"{source}: is not the checkpoint that this one was made of (sha256 differs)")
         plan = make_plan(reader.types, manifest.config)
         errors = {}
-        with byte_progress("Comparing weights", sum(iter_bytes(plan.source))) as progress:
+        with progress_bar("Comparing weights", sum(iter_bytes(plan.source))) as progress:
             for name, weight in folded_tensors(reader.read, plan):
                 layer = name.removesuffix(".weight")
                 if layer in manifest.layers:

@@ -11,8 +11,8 @@ import tyro
 from openpi_duquant import synthetic
 from openpi_duquant.architecture import PI05
 from openpi_duquant.architecture import SMALL
-from openpi_duquant.commands.console import byte_progress
 from openpi_duquant.commands.console import console
+from openpi_duquant.commands.console import progress_bar
 
 
 def make_checkpoint(
@@ -37,7 +37,7 @@ def make_checkpoint(
     architecture = dataclasses.replace({"small": SMALL, "full": PI05}[size], pi05=model == "pi05")
     kind: torch.dtype = getattr(torch, dtype)
     total = sum(map(math.prod, synthetic.checkpoint_shapes(architecture).values())) * kind.itemsize
-    with byte_progress(f"Making {folder.name}", total) as progress:
+    with progress_bar(f"Making {folder.name}", total) as progress:
         synthetic.make_checkpoint(
             folder, architecture, seed=seed, dtype=kind, action_horizon=action_horizon, progress=progress
         )
