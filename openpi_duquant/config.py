@@ -49,7 +49,7 @@ class DuQuantConfig:
         row_rotation: Rotation of output rows: "0" (none), "restore" (undone after the matmul) or "propagate" (of v
             only, undone in the columns of o).
         output_rotation_block: Rows that are rotated together; none means rotation_block.
-        activation_percentile: Percentile at which calibrated (static) activation scales clip.
+        activation_percentile: Percentile, above 0 and at most 100, at which calibrated (static) activation scales clip.
         calibration_steps: 0 for dynamic per-token activation scales; static scales need calibration data.
 
     Raises:
@@ -57,7 +57,7 @@ class DuQuantConfig:
     """
 
     scope: str = ""
-    include: str = r"\.(q|k|v|o|gate|up|down)_proj$"
+    include: str = r"(^|\.)(q|k|v|o|gate|up|down)_proj$"
     exclude: str = r"vision_tower|multi_modal_projector|lm_head|embed"
     layers: tuple[str, ...] = ()
     include_action_head: bool = False
@@ -109,8 +109,12 @@ def _one_of(*allowed: object) -> Rule:
     return holds, f"one of {', '.join(map(str, allowed))}"
 
 
-def _number(low: float, high: float) -> Rule:
-    return lambda value: type(value) in (int, float) and low <= value <= high, f"between {low} and {high}"
+def _is_share(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def _is_percentile(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value <= 100
 
 
 def _optional(rule: Rule) -> Rule:
@@ -152,12 +156,12 @@ _RULES: dict[str, Rule] = {
     "group_size": _optional((_is_positive_and_even, "a positive even number")),
     "scale_search": _one_of("mse", "max"),
     "permute": _FLAG,
-    "smoothing": _number(0, 1),
+    "smoothing": (_is_share, "between 0 and 1"),
     "rotation": _one_of("hadamard", "svd", "duquant", "none"),
     "rotation_block": _BLOCK,
     "row_rotation": _one_of("0", "restore", "propagate"),
     "output_rotation_block": _optional(_BLOCK),
-    "activation_percentile": _number(1, 100),
+    "activation_percentile": (_is_percentile, "above 0 and at most 100"),
     "calibration_steps": ((lambda value: type(value) is int and value == 0), "0: static scales need calibration data"),
 }
 """What every field must be."""

@@ -184,13 +184,7 @@ def test_an_unknown_variable_is_named_with_a_hint(name: str, hint: str | None) -
 
 @pytest.mark.parametrize(
     ("key", "text", "reason"),
-    [
-        ("LS", "", ""),
-        ("PERMUTE", "on", "0 or 1"),
-        ("WBITS", "a", "name:bits"),
-        ("ABITS", "4", "8, 16"),
-        ("BLOCK", "x", ""),
-    ],
+    [("LS", "", ""), ("PERMUTE", "on", "0 or 1"), ("WBITS", "a", "name:bits"), ("ABITS", "4", "8, 16")],
 )
 def test_a_malformed_value_names_its_variable(key: str, text: str, reason: str) -> None:
     with pytest.raises(DuQuantError, match=f"OPENPI_DUQUANT_{key}='{text}': .*{reason}"):

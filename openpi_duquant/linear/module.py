@@ -1,6 +1,7 @@
 """QuantLinear: a drop-in for nn.Linear whose weight is int4 or int8 and whose input is rounded to int8."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 
 import torch
 from torch import Tensor
@@ -78,15 +79,17 @@ class QuantLinear(nn.Module):
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Transforms x [..., K] and rounds it: codes [M, K] int8 and act_scale [M, 1]; weights only: fp32 and None."""
         x = x.reshape(-1, self.in_features)
-        if self.spec.activation_bits == 16:
-            return self.transform.apply(x.float()), None
-        return reference.transform_and_quantize(x, self.transform)
+        with _full_precision(x):
+            if self.spec.activation_bits == 16:
+                return self.transform.apply(x.float()), None
+            return reference.transform_and_quantize(x, self.transform)
 
     def matmul(self, a: Tensor, act_scale: Tensor | None, like: Tensor) -> Tensor:
         """The product with what `quantize_input(like)` returned: [..., N], the dtype of `like` [..., K]."""
-        y = kernels.BACKENDS[self.backend](
-            a, act_scale, self.weight_packed, self.weight_scale, self.bias, self.restore, like.dtype
-        )
+        with _full_precision(a):
+            y = kernels.BACKENDS[self.backend](
+                a, act_scale, self.weight_packed, self.weight_scale, self.bias, self.restore, like.dtype
+            )
         return y.reshape(*like.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,6 +108,11 @@ class QuantLinear(nn.Module):
 
 def _rotation(kind: str, block: int, matrices: Tensor | None) -> transforms.Rotation:
     return block if kind == "hadamard" else matrices
+
+
+def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """Switches the host's autocast off: it would compute exact integers in bf16."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def shared_forward(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:

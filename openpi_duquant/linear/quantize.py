@@ -162,6 +162,8 @@ def quantize_(model: nn.Module, config: DuQuantConfig, *, backend: str = "auto")
         )
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shapes = {name: (module.out_features, module.in_features) for name, module in linears.items()}
+    if "" in linears:
+        raise DuQuantError("the model is itself an nn.Linear, which cannot be replaced in place; put it into a module")
     specs = plan_layers(shapes, [name for name, module in linears.items() if module.bias is not None], config)
     replacements: dict[int, QuantLinear] = {}
     for names in members_by_group(specs).values():

@@ -17,7 +17,8 @@ def select_linears(names: Iterable[str], config: DuQuantConfig) -> list[str]:
         config: scope, include, exclude, layers, include_action_head and layer_bits are read.
 
     Raises:
-        DuQuantError: If none is selected, or `layers` or `layer_bits` name one that is not there; shows near misses.
+        DuQuantError: If none is selected, or `layers` or `layer_bits` name one that is not there; shows near misses. If
+            `layer_bits` names one that is not selected.
     """
     names = list(names)
     for listed in (*config.layers, *config.layer_bits):
@@ -31,6 +32,9 @@ def select_linears(names: Iterable[str], config: DuQuantConfig) -> list[str]:
             f"{sum(name.startswith(config.scope) for name in names)} of {len(names)} layers, include="
             f"{config.include!r} and exclude={config.exclude!r} leave none{near}"
         )
+    for listed in config.layer_bits:
+        if listed not in selected:
+            raise DuQuantError(f"layer_bits names {listed!r}, which scope, include and exclude leave out")
     return selected
 
 

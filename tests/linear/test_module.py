@@ -197,3 +197,12 @@ def test_shared_forward_equals_calls_and_quantizes_once_a_group(monkeypatch: pyt
     assert calls == [first, apart]
     for output, wanted in zip(outputs, expected, strict=True):
         assert torch.equal(output, wanted)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fake"])
+@every_spec
+def test_autocast_does_not_reach_the_arithmetic(spec: LayerSpec, backend: str) -> None:
+    layer, x = filled(spec, backend), torch.randn(5, K)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), expected)

@@ -197,3 +197,13 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_replaced(value: float)
     with pytest.raises(DuQuantError, match=r"^up_proj: .*NaN or Inf"):
         quantize_(model, config_of())
     assert all(isinstance(layer, nn.Linear) for layer in model.values())
+
+
+def test_a_bare_linear_is_refused() -> None:
+    with pytest.raises(DuQuantError, match=r"itself an nn\.Linear"):
+        quantize_(nn.Linear(64, 32), config_of(include=""))
+
+
+def test_names_need_no_parent() -> None:
+    model = nn.ModuleDict({"q_proj": nn.Linear(64, 32), "other": nn.Linear(64, 32)})
+    assert list(quantize_(model, DuQuantConfig())) == ["q_proj"]

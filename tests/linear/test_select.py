@@ -121,3 +121,9 @@ def test_a_scope_mistyped_shows_what_it_may_have_meant() -> None:
 def test_a_model_without_linears_says_so() -> None:
     with pytest.raises(DuQuantError, match="has no linear layer"):
         select_linears([], DuQuantConfig())
+
+
+def test_bits_of_a_layer_that_is_left_out_are_refused() -> None:
+    config = DuQuantConfig(include="a$", layer_bits={"b": 8})
+    with pytest.raises(DuQuantError, match="layer_bits names 'b'"):
+        select_linears(["a", "b"], config)
