@@ -4,7 +4,7 @@ from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.config import PRESETS
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.convert import convert
+from openpi_duquant.conversion import convert
 from openpi_duquant.engine import Observation
 from openpi_duquant.engine import Policy
 from openpi_duquant.engine import load_policy

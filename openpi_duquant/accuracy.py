@@ -66,7 +66,12 @@ def layer_errors(folded: nn.Module, quantized: nn.Module, run: Callable[[nn.Modu
     finally:
         for handle in handles:
             handle.remove()
-    return {name: math.sqrt(errors[name] / norms[name]) if norms[name] > 0 else 0.0 for name in layers if name in norms}
+    return {name: _ratio(errors[name].item(), norms[name].item()) for name in layers if name in norms}
+
+
+def _ratio(error: float, norm: float) -> float:
+    """Root of error / norm; 0 where both are zero."""
+    return 0.0 if error == 0 else math.sqrt(error / norm) if norm > 0 else math.inf
 
 
 def quantized_layers(model: nn.Module) -> Mapping[str, QuantLinear]:

@@ -65,6 +65,13 @@ class Architecture:
             DuQuantError: If they are not those of a pi0 or pi0.5 checkpoint of openpi; names the first that differs.
         """
         found = cls._read(shapes)
+        pair = [(size.depth, size.num_heads, size.head_dim) for size in (found.language, found.expert)]
+        if pair[0] != pair[1] or found.vision.width % VISION_HEAD_DIM:
+            raise DuQuantError(
+                "not a pi0 or pi0.5 checkpoint of openpi: layers, heads and head width of the language model "
+                f"{pair[0]} and of the action expert {pair[1]} must be equal, the vision width {found.vision.width} "
+                f"a multiple of {VISION_HEAD_DIM}"
+            )
         expected = parameter_shapes(found)
         for name in sorted(set(expected) | (set(shapes) - {EXPERT_LM_HEAD})):
             if expected.get(name) != shapes.get(name):

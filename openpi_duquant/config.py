@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import difflib
 import os
+import pathlib
 import re
 from typing import Any, Literal
 
@@ -78,6 +79,7 @@ class DuQuantConfig:
     def __post_init__(self) -> None:
         for message in _complaints(self):
             raise DuQuantError(message)
+        object.__setattr__(self, "layer_bits", dict(self.layer_bits))  # its own: replace() would share it
 
     @property
     def output_block(self) -> int:
@@ -238,10 +240,13 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "BLOCK_OUT": ("output_rotation_block", int),
     "ACT_PCT": ("activation_percentile", float),
     "CALIB_STEPS": ("calibration_steps", int),
-    "PACKDIR": ("packdir", str),
+    "PACKDIR": ("packdir", pathlib.Path),
     "DRYRUN": ("dry_run", _flag),
 }
 """OPENPI_DUQUANT_<key>: the field of `DuQuantConfig` (or of the command) that it fills, and its parser."""
+
+UNREAD_VARIABLES = ("BACKEND", "RUNTIME", "AUTO", "DEBUG", "PROFILE", "PROFILE_SYNC")
+"""Names that belong to parts which this version does not have: refused, so that none is ignored without a word."""
 
 
 def read_environment(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -259,6 +264,8 @@ def read_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
         if not name.startswith(ENVIRONMENT_PREFIX):
             continue
         key = name.removeprefix(ENVIRONMENT_PREFIX)
+        if key in UNREAD_VARIABLES:
+            raise DuQuantError(f"environment variable {name}: nothing in this version reads it; unset it")
         if key not in VARIABLES:
             near = difflib.get_close_matches(key, VARIABLES, n=1)
             hint = f"; did you mean {ENVIRONMENT_PREFIX}{near[0]}?" if near else ""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from openpi_duquant.transforms import Rotation
 from openpi_duquant.transforms import Transform
+from openpi_duquant.transforms import hadamard_matrix
 from openpi_duquant.transforms import rotate
 
 GREEDY_STEPS = 256
@@ -61,7 +62,7 @@ def channel_energy(weight: Tensor, smoothing: float = 0.0) -> Tensor:
     Returns:
         [K], fp64.
     """
-    energy = weight.double().square().mean(0)
+    energy = sum(rows.double().square().sum(0) for rows in weight.split(512)) / len(weight)
     return (1 - smoothing) * energy + smoothing * energy.mean()
 
 
@@ -143,7 +144,7 @@ def _spreading_matrix(block: int, seed: int) -> Tensor:
     if block > 1:
         noise = torch.randn(block - 1, block - 1, dtype=torch.float64, generator=generator)
         mixed[1:, 1:] = torch.linalg.qr(noise).Q
-    return mixed @ rotate(torch.eye(block, dtype=torch.float64), block)
+    return mixed @ hadamard_matrix(block, mixed)
 
 
 def _with_first_channel(spread: Tensor, channel: Tensor) -> Tensor:

@@ -124,9 +124,8 @@ def apply_folds(
         config: rotation, permute and smoothing are read.
 
     Returns:
-        All of `weights`, those that changed in fp32.
+        `weights` itself, with what changed replaced, in fp32.
     """
-    weights = dict(weights)
     for fold in folds:
         if fold.kind == "norm_gain":
             weights |= fold_norm_gain(weights, *fold.tensors)

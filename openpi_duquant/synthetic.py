@@ -14,6 +14,7 @@ from openpi_duquant.architecture import parameter_shapes
 from openpi_duquant.checkpoint.files import WEIGHTS_NAME
 from openpi_duquant.checkpoint.files import SafetensorsWriter
 from openpi_duquant.checkpoint.files import iter_bytes
+from openpi_duquant.checkpoint.files import renamed_when_whole
 from openpi_duquant.config import ACTION_EXPERT
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.observation import CAMERAS
@@ -48,24 +49,22 @@ def make_checkpoint(
     """
     if folder.exists():
         raise DuQuantError(f"{folder}: exists already; name another folder or remove it")
-    folder.mkdir(parents=True)
     types = {name: (dtype, shape) for name, shape in checkpoint_shapes(architecture).items()}
     generator = torch.Generator().manual_seed(seed)
-    with SafetensorsWriter(folder / WEIGHTS_NAME, types) as writer:
-        for name, kind in types.items():
-            writer.write(name, random_parameter(name, kind[1], architecture, generator).to(dtype))
-            progress(sum(iter_bytes({name: kind})))
-    config = {
-        "action_dim": architecture.action_dim,
-        "action_horizon": action_horizon,
-        "paligemma_variant": "gemma_2b",
-        "action_expert_variant": "gemma_300m",
-        "precision": str(dtype).removeprefix("torch."),
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    assets = folder / "assets" / ASSETS_NAME
-    assets.mkdir(parents=True)
-    (assets / "norm_stats.json").write_text(json.dumps({"norm_stats": _norm_stats()}, indent=2))
+    with renamed_when_whole(folder) as partial:
+        with SafetensorsWriter(partial / WEIGHTS_NAME, types) as writer:
+            for name, kind in types.items():
+                writer.write(name, random_parameter(name, kind[1], architecture, generator).to(dtype))
+                progress(sum(iter_bytes({name: kind})))
+        config = {
+            "action_dim": architecture.action_dim,
+            "action_horizon": action_horizon,
+            "precision": str(dtype).removeprefix("torch."),
+        }
+        (partial / "config.json").write_text(json.dumps(config, indent=2))
+        assets = partial / "assets" / ASSETS_NAME
+        assets.mkdir(parents=True)
+        (assets / "norm_stats.json").write_text(json.dumps({"norm_stats": _norm_stats()}, indent=2))
 
 
 def checkpoint_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:

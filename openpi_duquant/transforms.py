@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_LARGEST_HADAMARD = 256  # multiplied by as a matrix
+
 Rotation = Tensor | int | None
 """Matrices [K/B, B, B]; or the size B of a normalised Hadamard block; or no rotation."""
 
@@ -37,14 +39,20 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def _hadamard(x: Tensor, block: int) -> Tensor:
-    """The fast Walsh-Hadamard transform of every block, normalised: log2(block) additions an element."""
-    y = x.reshape(-1, block)
-    half = 1
-    while half < block:
-        a, b = y.view(-1, block // (2 * half), 2, half).unbind(-2)
-        y = torch.stack((a + b, a - b), dim=-2)
-        half *= 2
-    return y.reshape(x.shape) * block**-0.5
+    """The normalised Walsh-Hadamard transform of every block; H of a large block is the Kronecker product of two."""
+    if block <= _LARGEST_HADAMARD:
+        return (x.reshape(-1, block) @ hadamard_matrix(block, x)).reshape(x.shape)
+    outer = block // _LARGEST_HADAMARD
+    inner = _hadamard(x, _LARGEST_HADAMARD).reshape(-1, outer, _LARGEST_HADAMARD)
+    return _hadamard(inner.mT.contiguous(), outer).mT.reshape(x.shape)
+
+
+def hadamard_matrix(block: int, like: Tensor) -> Tensor:
+    """Sylvester's matrix [block, block], normalised, of the dtype and on the device of `like`."""
+    matrix = torch.full((1, 1), block**-0.5, dtype=like.dtype, device=like.device)
+    while len(matrix) < block:
+        matrix = torch.cat((torch.cat((matrix, matrix), dim=1), torch.cat((matrix, -matrix), dim=1)))
+    return matrix
 
 
 def rotate_rows(weight: Tensor, rotation: Rotation) -> Tensor:

@@ -53,11 +53,17 @@ def diagonal(blocks: Iterable[Array]) -> Array:
     return torch.block_diag(*map(torch.from_numpy, blocks)).numpy()
 
 
+def dual(matrix: Array) -> Array:
+    """The inverse transpose."""
+    return torch.linalg.inv(torch.from_numpy(matrix)).T.numpy()
+
+
 def singular(weight: Array, block: int) -> Array:
     """Right singular vectors of every block of columns, on the diagonal; their largest component is positive."""
     blocks = []
     for begin in range(0, weight.shape[1], block):
-        vectors = np.linalg.svd(weight[:, begin : begin + block], full_matrices=False)[2].T
+        part = torch.from_numpy(weight[:, begin : begin + block].copy())
+        vectors = torch.linalg.svd(part, full_matrices=False).Vh.T.numpy()
         blocks.append(vectors * np.sign(vectors[abs(vectors).argmax(0), range(block)]))
     return diagonal(blocks)
 
@@ -95,7 +101,7 @@ def folded(source: dict[str, Array], config: DuQuantConfig, index: int) -> dict[
         for prefix in both:
             value, output = prefix + "self_attn.v_proj", prefix + "self_attn.o_proj"
             weights[value] = rotation.T @ weights[value][order]
-            by_head = weights[output].reshape(-1, width)[:, order] @ np.linalg.inv(rotation).T
+            by_head = weights[output].reshape(-1, width)[:, order] @ dual(rotation)
             weights[output] = by_head.reshape(weights[output].shape)
     return weights
 
@@ -117,7 +123,7 @@ def transformed(
     if shared["rotation"]:
         rotation = diagonal(tensors[shared["rotation"][0] + ".rotation"])
         assert np.allclose(rotation, singular(stacked, block), rtol=0, atol=2**-8)  # bf16
-        stacked = stacked @ np.linalg.inv(rotation).T
+        stacked = stacked @ dual(rotation)
     elif config.rotation == "hadamard" and at_run_time:
         stacked = stacked @ hadamard(stacked.shape[1], block)
     ends = np.cumsum([len(weights[member]) for member in members])
@@ -126,5 +132,5 @@ def transformed(
         restore = diagonal(tensors[member + ".output_rotation"])
         rows = singular(parts[member].T, math.gcd(config.rotation_block, len(parts[member])))
         assert np.allclose(restore, rows.T, rtol=0, atol=2**-8)
-        parts[member] = np.linalg.inv(restore).T @ parts[member]  # y = y' restore
+        parts[member] = dual(restore) @ parts[member]  # y = y' restore
     return parts

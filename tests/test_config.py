@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 from typing import Any, Literal
 
 import pytest
@@ -71,7 +72,7 @@ ENVIRONMENT: dict[str, tuple[str, Any]] = {
     "BLOCK_OUT": ("16", 16),
     "ACT_PCT": ("99.5", 99.5),
     "CALIB_STEPS": ("0", 0),
-    "PACKDIR": ("/data/packs", "/data/packs"),
+    "PACKDIR": ("/data/packs", pathlib.Path("/data/packs")),
     "DRYRUN": ("no", False),
 }
 

@@ -147,13 +147,15 @@ def test_shards_order_and_a_missing_lm_head_change_nothing(
 ) -> None:
     tensors = load_file(source / "model.safetensors")
     del tensors[LM_HEAD]
+    parts = tmp_path / "parts"
+    parts.mkdir()
     files = {name: f"{random.Random(name).randrange(shards)}.safetensors" for name in tensors}
     for file in set(files.values()):
         part = {name: tensor for name, tensor in reversed(tensors.items()) if files[name] == file}
-        save_file(part, tmp_path / ("model.safetensors" if shards == 1 else file))
+        save_file(part, parts / ("model.safetensors" if shards == 1 else file))
     if shards > 1:
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    convert(tmp_path, tmp_path / "target", PRESETS["optimized"])
+        (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    convert(parts, tmp_path / "target", PRESETS["optimized"])
     expected = (converted("optimized") / "model.safetensors").read_bytes()
     assert (tmp_path / "target" / "model.safetensors").read_bytes() == expected
 

@@ -16,9 +16,9 @@ from openpi_duquant.config import LANGUAGE_MODEL
 from openpi_duquant.config import PRESETS
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.convert import Plan
-from openpi_duquant.convert import folded_tensors
-from openpi_duquant.convert import make_plan
+from openpi_duquant.conversion import Plan
+from openpi_duquant.conversion import folded_tensors
+from openpi_duquant.conversion import make_plan
 from openpi_duquant.engine import assemble
 
 CONFIGS = PRESETS | {

@@ -11,7 +11,7 @@ from openpi_duquant import synthetic
 from openpi_duquant.accuracy import relative_error
 from openpi_duquant.config import PRESETS
 from openpi_duquant.config import DuQuantConfig
-from openpi_duquant.convert import convert
+from openpi_duquant.conversion import convert
 from openpi_duquant.engine import Observation
 from openpi_duquant.engine import load_policy
 from openpi_duquant.kernels import reference

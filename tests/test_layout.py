@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(openpi_duquant.__file__).parent
 # From the bottom up: a part imports those before it, and itself.
 PARTS = (
     "config", "architecture", "packing", "transforms", "quant", "fitting", "kernels", "linear", "accuracy", "folds",
-    "checkpoint", "convert", "engine", "synthetic", "report", "commands", "__main__",
+    "checkpoint", "conversion", "engine", "synthetic", "report", "commands", "__main__",
 )  # fmt: skip
 
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import pathlib
+import shutil
 import sys
+import tempfile
 from types import TracebackType
 from typing import BinaryIO
 
@@ -37,7 +40,7 @@ TensorType = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""
 
 
-class SafetensorsReader(contextlib.AbstractContextManager):
+class SafetensorsReader(contextlib.AbstractContextManager, Mapping[str, Tensor]):
     """The tensors of a checkpoint folder: `model.safetensors`, or the shards its index names.
 
     The library checks the files; tensors are then read, not memory-mapped: a file that shrinks under a map kills the
@@ -95,6 +98,18 @@ class SafetensorsReader(contextlib.AbstractContextManager):
         if file.readinto(content) != len(content):
             raise DuQuantError(f"{file.name}: ends within tensor {name}; it was truncated while it was read")
         return tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        """As `read`."""
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of all tensors."""
+        return iter(self.types)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self.types)
 
     def digest(self) -> str:
         """SHA-256 over the bytes of all files."""
@@ -175,7 +190,7 @@ class SafetensorsWriter(contextlib.AbstractContextManager):
             self._file.write(content)
             self._file.flush()
         except OSError as error:
-            raise DuQuantError(f"{self._file.name}: cannot be written ({error.strerror}); nothing was kept") from None
+            raise DuQuantError(f"{self._file.name}: cannot be written ({error.strerror})") from None
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
@@ -189,3 +204,34 @@ class SafetensorsWriter(contextlib.AbstractContextManager):
 def iter_bytes(types: Mapping[str, TensorType]) -> Iterator[int]:
     """Bytes of each tensor."""
     return (math.prod(shape) * dtype.itemsize for dtype, shape in types.values())
+
+
+@contextlib.contextmanager
+def renamed_when_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder beside the target that becomes the target, or vanishes with whatever interrupts.
+
+    Raises:
+        DuQuantError: If something else has made the target meanwhile.
+    """
+    missing = [folder for folder in target.parents if not folder.exists()]
+    with contextlib.ExitStack() as cleanup:
+        for folder in reversed(missing):
+            cleanup.callback(_remove_if_empty, folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
+        yield partial
+        partial.chmod(0o755)
+        try:
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, "exists")
+            partial.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise DuQuantError(f"{target}: was made by something else meanwhile; it is left as it is") from None
+
+
+def _remove_if_empty(folder: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()

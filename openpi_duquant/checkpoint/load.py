@@ -4,7 +4,6 @@ from collections.abc import Mapping
 import pathlib
 
 import torch
-from torch import Tensor
 from torch import nn
 
 from openpi_duquant.checkpoint.files import SafetensorsReader
@@ -48,12 +47,7 @@ def place_quant_linears(
     return placed
 
 
-def with_shared_tensors(state: Mapping[str, Tensor], layers: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
-    """The state with every group's shared tensors under each of its layers' names (one object, no copy)."""
-    shared = {
-        f"{name}.{tensor}": state[f"{spec.group}.{tensor}"]
-        for name, spec in layers.items()
-        for tensor in SHARED_TENSORS
-        if f"{spec.group}.{tensor}" in state
-    }
-    return dict(state) | shared
+def stored_name(name: str, layers: Mapping[str, LayerSpec]) -> str:
+    """The name under which a tensor of a model is stored: of shared ones, that of the group's first layer."""
+    layer, _, tensor = name.rpartition(".")
+    return f"{layers[layer].group}.{tensor}" if layer in layers and tensor in SHARED_TENSORS else name

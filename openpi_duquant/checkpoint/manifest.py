@@ -31,7 +31,7 @@ class Manifest:
         tool_version: Version of openpi-duquant that wrote it.
         config: What was asked for.
         architecture: Sizes of the policy.
-        source: Of the source: "sha256", "dtype" of its weights, "bytes" of its files.
+        source: Of the source: "sha256", "dtypes" and "bytes" of its tensors.
         layers: Every quantized layer.
         folds: Every exact change to floating-point weights, as `folds.Fold.to_json`.
         float_dtypes: Dtype name of every tensor that is not quantized.
@@ -68,6 +68,8 @@ class Manifest:
             DuQuantError: If it is missing, of another format version, or not as it was written.
         """
         path = folder / MANIFEST_NAME
+        if not path.is_file():
+            raise DuQuantError(f"{path}: is not there; openpi-duquant convert-checkpoint makes it")
         try:
             values = json.loads(path.read_text())
         except (OSError, ValueError, RecursionError) as error:

@@ -1,6 +1,7 @@
 """The commands, as `openpi-duquant <command>` and as `tools/<command>.py`."""
 
 from collections.abc import Callable
+import functools
 import signal
 import sys
 
@@ -8,6 +9,7 @@ import tyro
 
 from openpi_duquant.commands.bench_convert import bench_convert
 from openpi_duquant.commands.convert_checkpoint import convert_checkpoint
+from openpi_duquant.commands.convert_checkpoint import defaults
 from openpi_duquant.commands.demo import demo
 from openpi_duquant.commands.doctor import doctor
 from openpi_duquant.commands.inspect_checkpoint import inspect_checkpoint
@@ -26,18 +28,27 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def _terminate(*_: object) -> None:
     """Ends the command as an error does, so that it cleans up."""
-    sys.exit("error: terminated; nothing was left behind")
+    sys.exit("error: terminated")
 
 
 def main(command: str | None = None) -> None:
     """Runs a command, by name or the one that the command line names; mistakes end in one line and exit status 1."""
     signal.signal(signal.SIGTERM, _terminate)
+    arguments = sys.argv[1:]
     try:
-        if command:
-            tyro.cli(COMMANDS[command])
+        if command is None and arguments and arguments[0] in COMMANDS:
+            command, *arguments = arguments
+        if command is None:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="openpi-duquant", args=arguments)
         else:
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="openpi-duquant")
+            function = COMMANDS[command]
+            if function is convert_checkpoint:
+                function = functools.partial(function, **defaults(arguments))
+            tyro.cli(function, prog=f"openpi-duquant {command}", args=arguments)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read the output has gone: nothing to say, and nobody to say it to
+        sys.exit(1)
     except (DuQuantError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        sys.exit("error: interrupted; nothing was left behind")
+        sys.exit("error: interrupted")

@@ -39,6 +39,8 @@ def bench_convert(
         presets: Presets to convert with.
     """
     refuse_variables("bench-convert")
+    if not presets:
+        raise DuQuantError("presets: name at least one")
     for name in presets:
         preset_config(name)
     output.mkdir(parents=True, exist_ok=True)
@@ -59,10 +61,14 @@ def _measure(source: pathlib.Path, target: pathlib.Path, preset: str) -> dict[st
     start = time.monotonic()
     process = subprocess.Popen([*command, "--preset", preset])
     anonymous = mapped = 0
-    while process.poll() is None:
-        memory = _resident(process.pid)
-        anonymous, mapped = max(anonymous, memory["RssAnon"]), max(mapped, memory["RssFile"])
-        time.sleep(_POLL_SECONDS)
+    try:
+        while process.poll() is None:
+            memory = _resident(process.pid)
+            anonymous, mapped = max(anonymous, memory["RssAnon"]), max(mapped, memory["RssFile"])
+            time.sleep(_POLL_SECONDS)
+    finally:
+        process.terminate()
+        process.wait()
     if process.returncode:
         raise DuQuantError(f"converting with {preset} failed; its message is above")
     manifest = Manifest.load(target)

@@ -43,7 +43,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
     except RuntimeError:
-        raise DuQuantError(f"unknown device {name!r}: give cpu, cuda, cuda:<index> or auto") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise DuQuantError(f"unknown device {name!r}: give cpu, cuda, cuda:<index> or auto")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise DuQuantError(f"device {name}: {count} CUDA devices are visible here; see openpi-duquant doctor")

@@ -1,12 +1,12 @@
 """openpi-duquant convert-checkpoint."""
 
+import argparse
+from collections.abc import Sequence
 import dataclasses
 import pathlib
 import time
-import types
-from typing import Annotated, Any, get_type_hints
+from typing import Any
 
-import docstring_parser
 import tyro
 
 from openpi_duquant.checkpoint.files import iter_bytes
@@ -16,30 +16,25 @@ from openpi_duquant.commands.console import resolve_device
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import preset as preset_config
 from openpi_duquant.config import read_environment
-from openpi_duquant.convert import Plan
-from openpi_duquant.convert import convert
-from openpi_duquant.convert import make_plan
-from openpi_duquant.convert import open_source
+from openpi_duquant.conversion import Plan
+from openpi_duquant.conversion import convert
+from openpi_duquant.conversion import make_plan
+from openpi_duquant.conversion import open_source
 from openpi_duquant.report import markdown_table
 
 
-def _overrides() -> type:
-    """A dataclass with the fields of DuQuantConfig, each None unless given on the command line."""
-    documented = {p.arg_name: p.description for p in docstring_parser.parse(DuQuantConfig.__doc__ or "").params}
-    fields = []
-    for name, kind in get_type_hints(DuQuantConfig).items():
-        optional = kind if isinstance(kind, types.UnionType) else kind | None
-        fields.append(
-            (
-                name,
-                Annotated[optional, tyro.conf.arg(help=documented[name], help_behavior_hint="(default: the preset's)")],
-                None,
-            )
-        )
-    return dataclasses.make_dataclass("Overrides", fields, frozen=True)
+def defaults(arguments: Sequence[str]) -> dict[str, Any]:
+    """Defaults of `convert_checkpoint` that depend on the preset among the arguments, and on the environment.
 
-
-Overrides: Any = _overrides()
+    Raises:
+        DuQuantError: On an unknown preset or variable, or a malformed value.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="default")
+    preset = parser.parse_known_args(arguments)[0].preset
+    fields = read_environment()
+    own = {name: fields.pop(name) for name in ("packdir", "dry_run") if name in fields}
+    return own | {"config": dataclasses.replace(preset_config(preset), **fields)}
 
 
 def convert_checkpoint(
@@ -49,27 +44,24 @@ def convert_checkpoint(
     preset: str = "default",
     device: str = "auto",
     dry_run: bool = False,
-    config: tyro.conf.OmitArgPrefixes[Overrides] = Overrides(),  # noqa: B008
+    packdir: pathlib.Path | None = None,
+    config: tyro.conf.OmitArgPrefixes[DuQuantConfig] = DuQuantConfig(),  # noqa: B008
 ) -> None:
     """Convert a pi0 or pi0.5 PyTorch checkpoint of openpi into a W4A8 checkpoint.
 
     A field of the configuration is taken from the command line, else from its OPENPI_DUQUANT_* variable, else from the
-    preset.
+    preset; the defaults shown are those.
 
     Args:
         source: Folder with model.safetensors and assets/.
-        target: Folder to make; <source>-<preset> beside the source, or in OPENPI_DUQUANT_PACKDIR, when not given.
+        target: Folder to make; <packdir>/<source>-<preset> when not given.
         preset: default, simple, optimized, dit_qkvo, llm, full_llm_dit or quantvla.
         device: Where the arithmetic is done: cpu, cuda, cuda:1, or auto (cuda where there is one).
         dry_run: List layers and totals, write nothing.
-        config: Fields of the configuration, where they shall differ from the preset's.
+        packdir: Where converted checkpoints live; beside the source when not given.
+        config: What is quantized, and how.
     """
     where = resolve_device(device)
-    environment = read_environment()
-    packdir = environment.pop("packdir", None)
-    dry_run = environment.pop("dry_run", False) or dry_run
-    given = {name: value for name, value in vars(config).items() if value is not None}
-    config = dataclasses.replace(preset_config(preset), **environment | given)
     with open_source(source) as reader:
         plan = make_plan(reader.types, config)
     if dry_run:
@@ -77,7 +69,7 @@ def convert_checkpoint(
         console.print(_totals(plan))
         return
     if target is None:
-        target = (pathlib.Path(packdir) if packdir else source.resolve().parent) / f"{source.resolve().name}-{preset}"
+        target = (packdir or source.resolve().parent) / f"{source.resolve().name}-{preset}"
     start = time.monotonic()
     with progress_bar(f"Converting {source.name}", sum(iter_bytes(plan.source))) as progress:
         convert(source, target, config, device=where, progress=progress)
@@ -86,7 +78,8 @@ def convert_checkpoint(
 
 
 def _layer_table(plan: Plan) -> str:
-    header = ("layer", "out x in", "bits", "permute", "rotation", "output rotation", "group scales")
+    folded = {name: fold.kind for fold in plan.folds for name in fold.tensors}
+    header = ("layer", "out x in", "bits", "permute", "rotation", "output rotation", "folded", "group scales")
     rows = [
         (
             name,
@@ -95,6 +88,7 @@ def _layer_table(plan: Plan) -> str:
             "run time" if spec.permute else "-",
             f"{spec.rotation} {spec.rotation_block}" if spec.rotation_block else "-",
             f"{spec.output_rotation} {spec.output_rotation_block}" if spec.output_rotation_block else "-",
+            folded.get(f"{name}.weight", "-"),
             spec.group_size or "per row",
         )
         for name, spec in plan.layers.items()

@@ -27,9 +27,10 @@ from openpi_duquant.commands.console import refuse_variables
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.config import preset as preset_config
-from openpi_duquant.convert import convert
-from openpi_duquant.convert import folded_tensors
-from openpi_duquant.convert import make_plan
+from openpi_duquant.conversion import convert
+from openpi_duquant.conversion import folded_tensors
+from openpi_duquant.conversion import make_plan
+from openpi_duquant.conversion import open_source
 from openpi_duquant.engine import Observation
 from openpi_duquant.engine import Policy
 from openpi_duquant.engine import assemble
@@ -96,7 +97,7 @@ def demo(
         if source is None:
             source = folder / "pi05-small"
             synthetic.make_checkpoint(source, SMALL, seed=seed)
-        with SafetensorsReader(source) as reader:
+        with open_source(source) as reader:
             architecture, source_bytes = Architecture.infer(reader.shapes), sum(iter_bytes(reader.types))
         observation, noise = synthetic.libero_like_observation(architecture, seed=seed)
         trial = Trial(observation, noise, num_steps, getattr(torch, dtype))

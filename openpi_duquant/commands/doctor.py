@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import pathlib
 import platform
+import re
 import sys
 from typing import NamedTuple
 
@@ -41,8 +42,8 @@ def _versions() -> Iterator[Finding]:
     for package in ("openpi-duquant", "numpy", "safetensors"):
         yield Finding(package, importlib.metadata.version(package))
     yield Finding("python", platform.python_version())
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    fits = (2, 7) <= version < (2, 14)
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:3])
+    fits = (2, 7, 1) <= version < (2, 14)
     yield Finding(
         "torch",
         torch.__version__ if fits else f"broken: {torch.__version__} is not from 2.7.1 to 2.13",

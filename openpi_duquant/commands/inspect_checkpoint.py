@@ -14,15 +14,15 @@ from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.checkpoint import SafetensorsReader
 from openpi_duquant.checkpoint.files import TensorType
 from openpi_duquant.checkpoint.files import iter_bytes
+from openpi_duquant.checkpoint.load import stored_name
 from openpi_duquant.checkpoint.load import verify
-from openpi_duquant.checkpoint.load import with_shared_tensors
 from openpi_duquant.commands.console import console
 from openpi_duquant.commands.console import progress_bar
 from openpi_duquant.config import ACTION_EXPERT
 from openpi_duquant.config import LANGUAGE_MODEL
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.convert import folded_tensors
-from openpi_duquant.convert import make_plan
+from openpi_duquant.conversion import folded_tensors
+from openpi_duquant.conversion import make_plan
 from openpi_duquant.report import markdown_table
 from openpi_duquant.report import write_json
 
@@ -80,11 +80,8 @@ def _weight_errors(converted: SafetensorsReader, manifest: Manifest, source: pat
 
 
 def _layer_tensors(reader: SafetensorsReader, manifest: Manifest, layer: str) -> dict[str, Tensor]:
-    spec = manifest.layers[layer]
-    stored = (f"{owner}.{tensor}" for owner in {layer, spec.group} for tensor in spec.tensors())
-    state = {name: reader.read(name) for name in stored if name in reader.types}
-    state = with_shared_tensors(state, {layer: spec})
-    return {tensor: state[f"{layer}.{tensor}"] for tensor in spec.tensors()}
+    names = manifest.layers[layer].tensors()
+    return {name: reader.read(stored_name(f"{layer}.{name}", manifest.layers)) for name in names}
 
 
 def _results(types: Mapping[str, TensorType], manifest: Manifest, errors: Mapping[str, float]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from openpi_duquant.checkpoint import MANIFEST_NAME
 from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.checkpoint import SafetensorsReader
 from openpi_duquant.checkpoint.load import place_quant_linears
+from openpi_duquant.checkpoint.load import stored_name
 from openpi_duquant.checkpoint.load import verify
-from openpi_duquant.checkpoint.load import with_shared_tensors
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.policy import Policy
 from openpi_duquant.engine.policy import build_policy
@@ -47,8 +47,7 @@ def load_policy(
             layers, architecture = manifest.layers, manifest.architecture
         else:
             architecture = Architecture.infer(reader.shapes)
-        state = {name: reader.read(name) for name in reader.types}
-        return assemble(architecture, state, layers, backend=backend, dtype=dtype, device=device)
+        return assemble(architecture, reader, layers, backend=backend, dtype=dtype, device=device)
 
 
 def assemble(
@@ -60,7 +59,7 @@ def assemble(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> Policy:
-    """A policy of these tensors; what it does not use is ignored.
+    """A policy of these tensors; they are looked up one by one, what it does not use never.
 
     Args:
         architecture: Its sizes.
@@ -76,9 +75,15 @@ def assemble(
     with torch.device("meta"):
         policy = build_policy(architecture)
     place_quant_linears(policy, layers, backend=backend, dtype=dtype)
-    used = policy.state_dict()
-    present = with_shared_tensors(state, layers).items()
-    tensors = {name: _cast(name, tensor, used, dtype).to(device) for name, tensor in present if name in used}
+    tensors: dict[str, Tensor] = {}
+    sources: dict[str, Tensor] = {}
+    for name in policy.state_dict():
+        source = stored_name(name, layers)
+        if source not in state:
+            raise DuQuantError(f"tensor {source} is missing")
+        if source not in sources:
+            sources[source] = _cast(name, state[source], layers, dtype).to(device)
+        tensors[name] = sources[source]
     try:
         policy.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -86,9 +91,8 @@ def assemble(
     return policy.requires_grad_(requires_grad=False).eval()
 
 
-def _cast(name: str, tensor: Tensor, used: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+def _cast(name: str, tensor: Tensor, layers: Mapping[str, LayerSpec], dtype: torch.dtype) -> Tensor:
     """Quantized layers keep their dtypes; floating-point weights take the policy's, or fp32 where openpi does."""
-    quantized = name.rpartition(".")[0] + ".weight_packed" in used
-    if quantized:
+    if name.rpartition(".")[0] in layers:
         return tensor
     return tensor.to(torch.float32 if kept_in_float32(name) else dtype)

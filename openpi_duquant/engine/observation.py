@@ -56,12 +56,13 @@ def preprocess(observation: Observation) -> Prefix:
     Raises:
         DuQuantError: On a live camera without an image, an image of a wrong shape or dtype, or no live camera at all.
     """
-    tokens, token_mask = observation.tokenized_prompt, observation.tokenized_prompt_mask
+    tokens, token_mask = observation.tokenized_prompt, observation.tokenized_prompt_mask.bool()
     live, masks = [], []
     for camera in CAMERAS:
         mask = observation.image_masks.get(camera)
         if mask is None:
             mask = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        mask = mask.bool()
         if not mask.any():
             continue
         if camera not in observation.images:

@@ -83,8 +83,14 @@ class Policy(nn.Module, abc.ABC):
             [B, action_horizon, action_dim] fp32, in the policy's normalised units.
 
         Raises:
-            DuQuantError: As `preprocess`, and on a state that pi0 cannot read.
+            DuQuantError: As `preprocess`; on noise of another shape, no steps, or a state that pi0 cannot read.
         """
+        expected = len(observation.tokenized_prompt), noise.shape[1:2].numel(), self.architecture.action_dim
+        if noise.shape != expected or num_steps < 1:
+            raise DuQuantError(
+                f"noise {tuple(noise.shape)} must be {expected}, batch x action_horizon x action_dim, "
+                f"and num_steps {num_steps} at least 1"
+            )
         x, mask = self.embed_prefix(preprocess(observation))
         language_model: LanguageModel = self.paligemma_with_expert["paligemma"]["model"]["language_model"]
         prefix_mask = _attention_mask(mask, torch.ones(x.shape[1], 0, dtype=torch.bool, device=x.device))
@@ -110,17 +116,24 @@ class Policy(nn.Module, abc.ABC):
         positions = prefix_mask.sum(1, keepdim=True) + torch.arange(len(visible), device=noise.device)
         mask = _attention_mask(prefix_mask, visible)
         actions = noise
-        for step in range(num_steps):
-            x, modulations = self.embed_suffix(state, actions, step, num_steps)
+        for entry in self.schedule(num_steps):
+            x, modulations = self.embed_suffix(state, actions, entry)
             x = self.expert(x.to(self.dtype), positions, mask, caches, modulations)
             actions = actions - self.action_out_proj(x[:, -horizon:].float()) / num_steps
         return actions
 
     @abc.abstractmethod
+    def schedule(self, num_steps: int) -> Tensor:
+        """What each step needs to know of its time, [num_steps, ...] fp32; the same for every observation."""
+
+    @abc.abstractmethod
     def embed_suffix(
-        self, state: Tensor | None, actions: Tensor, step: int, num_steps: int
+        self, state: Tensor | None, actions: Tensor, entry: Tensor
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """What the expert reads at a step: embeddings [B, S, W], actions last, and the modulations of its norms."""
+        """What the expert reads at a step: embeddings [B, S, W], actions last, and the modulations of its norms.
+
+        `entry` is the step's of `schedule`.
+        """
 
     @abc.abstractmethod
     def suffix_mask(self, horizon: int) -> Tensor:
@@ -144,28 +157,23 @@ class Pi05Policy(Policy):
         width = architecture.expert.width
         self.time_mlp_in = nn.Linear(width, width)
         self.time_mlp_out = nn.Linear(width, width)
-        self._modulations: dict[tuple[int, torch.device], Tensor] = {}
 
     def embed_suffix(
-        self, state: Tensor | None, actions: Tensor, step: int, num_steps: int
+        self, state: Tensor | None, actions: Tensor, entry: Tensor
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Embedded actions [B, S, W], and this step's row of the table of modulations."""
+        """Embedded actions [B, S, W], and the modulations that the schedule gives this step."""
         del state
-        return self.action_in_proj(actions), self.modulations(num_steps)[step]
+        return self.action_in_proj(actions), entry
 
     def suffix_mask(self, horizon: int) -> Tensor:
         """All actions see each other."""
         return torch.ones(horizon, horizon, dtype=torch.bool)
 
-    @torch.no_grad()
-    def modulations(self, num_steps: int) -> Tensor:
-        """The modulations of every norm, [num_steps, norms, 3 W] fp32: a table, for they depend on the time alone."""
-        key = num_steps, self.embedding.weight.device
-        if key not in self._modulations:
-            embedding = self.time_embeddings(num_steps)
-            condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedding))))
-            self._modulations[key] = torch.stack([norm.dense(condition) for norm in self.expert.norms()], dim=1)
-        return self._modulations[key]
+    def schedule(self, num_steps: int) -> Tensor:
+        """The modulations of every norm, [num_steps, norms, 3 W]: a table, for they depend on the time alone."""
+        embedding = self.time_embeddings(num_steps)
+        condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedding))))
+        return torch.stack([norm.dense(condition) for norm in self.expert.norms()], dim=1)
 
 
 class Pi0Policy(Policy):
@@ -179,17 +187,21 @@ class Pi0Policy(Policy):
         self.action_time_mlp_out = nn.Linear(width, width)
 
     def embed_suffix(
-        self, state: Tensor | None, actions: Tensor, step: int, num_steps: int
+        self, state: Tensor | None, actions: Tensor, entry: Tensor
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """The state's token and the embedded actions, [B, 1 + S, W], and no modulation."""
         if state is None or state.shape != (len(actions), self.architecture.action_dim):
             shape = None if state is None else tuple(state.shape)
             raise DuQuantError(f"state: pi0 reads [{len(actions)}, {self.architecture.action_dim}], got {shape}")
-        time = self.time_embeddings(num_steps)[step].expand(*actions.shape[:2], -1)
+        time = entry.expand(*actions.shape[:2], -1)
         mixed = self.action_time_mlp_in(torch.cat((self.action_in_proj(actions), time), dim=-1))
         embedded = self.action_time_mlp_out(F.silu(mixed))
         suffix = torch.cat((self.state_proj(state.float())[:, None], embedded), dim=1)
         return suffix, [None] * (2 * self.architecture.expert.depth + 1)
+
+    def schedule(self, num_steps: int) -> Tensor:
+        """Embeddings of the times, [num_steps, W]."""
+        return self.time_embeddings(num_steps)
 
     def suffix_mask(self, horizon: int) -> Tensor:
         """The state sees itself only; actions see it and each other."""

@@ -6,12 +6,16 @@ a [M, K] is int8 with act_scale [M, 1] fp32 (A8), or floating point with act_sca
 """
 
 from collections.abc import Callable
+import functools
+import logging
 
 import torch
 
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import fake
 from openpi_duquant.kernels import reference
+
+logger = logging.getLogger(__name__)
 
 Matmul = Callable[..., torch.Tensor]
 
@@ -24,7 +28,15 @@ def resolve(name: str) -> str:
     Raises:
         DuQuantError: If there is no such backend; names those there are.
     """
-    chosen = "reference" if name == "auto" else name
-    if chosen not in BACKENDS:
+    if name == "auto":
+        _log_choice("reference")
+        return "reference"
+    if name not in BACKENDS:
         raise DuQuantError(f"unknown backend {name!r}: this version has auto, {', '.join(BACKENDS)}")
-    return chosen
+    return name
+
+
+@functools.cache
+def _log_choice(chosen: str) -> None:
+    """Says once what `auto` took."""
+    logger.info("backend auto: %s; fake simulates in floating point, and this version has no GPU kernels", chosen)

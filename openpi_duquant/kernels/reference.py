@@ -21,7 +21,7 @@ def transform_and_quantize(x: Tensor, transform: transforms.Transform) -> tuple[
     return quant.quantize_activation(transform.apply(x.float()))
 
 
-def integer_matmul(codes: Tensor, weight: Tensor) -> Tensor:
+def integer_matmul(codes: Tensor, weight: Tensor, bits: int = 8) -> Tensor:
     """Exact int32 accumulators of codes x weight^T.
 
     The integers are carried in floating point, which is exact while every partial sum stays below the mantissa:
@@ -30,29 +30,31 @@ def integer_matmul(codes: Tensor, weight: Tensor) -> Tensor:
     Args:
         codes: [..., M, k] int8 within -127..127.
         weight: [..., N, k] int8.
+        bits: Of the weight: 4 if its codes are within -8..7.
 
     Returns:
         [..., M, N] int32.
     """
-    largest = quant.ACTIVATION_MAX * 128 * weight.shape[-1]
+    largest = quant.ACTIVATION_MAX * 2 ** (bits - 1) * weight.shape[-1]
     exact = torch.float32 if codes.device.type == "cpu" and largest < 2**24 else torch.float64
     return (codes.to(exact) @ weight.to(exact).mT).to(torch.int32)
 
 
-def accumulate(codes: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+def accumulate(codes: Tensor, weight: Tensor, weight_scale: Tensor, bits: int = 8) -> Tensor:
     """Accumulators under their weight scales, [M, N] fp32.
 
     Args:
         codes: [M, K] int8.
         weight: [N, K] int8.
         weight_scale: [N, G] fp32; a row of G > 1 scales has one accumulator a group.
+        bits: As `integer_matmul`.
     """
     rows, groups = weight_scale.shape
     if groups == 1:
-        return integer_matmul(codes, weight) * weight_scale.T
+        return integer_matmul(codes, weight, bits) * weight_scale.T
     size = codes.shape[1] // groups
     by_group = codes.reshape(-1, groups, size).transpose(0, 1), weight.reshape(rows, groups, size).transpose(0, 1)
-    return (integer_matmul(*by_group) * weight_scale.T.unsqueeze(1)).sum(0)
+    return (integer_matmul(*by_group, bits) * weight_scale.T.unsqueeze(1)).sum(0)
 
 
 def epilogue(y: Tensor, bias: Tensor | None, output_rotation: transforms.Rotation, dtype: torch.dtype) -> Tensor:
@@ -88,5 +90,5 @@ def matmul(
     if act_scale is None:
         y = a.float() @ quant.dequantize_weight(weight, weight_scale).T
     else:
-        y = accumulate(a, weight, weight_scale) * act_scale
+        y = accumulate(a, weight, weight_scale, 4 if weight_packed.dtype == torch.uint8 else 8) * act_scale
     return epilogue(y, bias, output_rotation, dtype)

@@ -1,6 +1,6 @@
 """QuantLinear: a drop-in for nn.Linear whose weight is int4 or int8 and whose input is rounded to int8."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 
 import torch
@@ -111,8 +111,23 @@ def _rotation(kind: str, block: int, matrices: Tensor | None) -> transforms.Rota
 
 
 def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """Switches the host's autocast off: it would compute exact integers in bf16."""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    """Keeps the host's autocast and reduced-precision matmuls (TF32; openpi allows them) out of the arithmetic."""
+    if x.is_meta:
+        return contextlib.nullcontext()
+    if torch.compiler.is_compiling():
+        return torch.autocast(x.device.type, enabled=False)
+    return _eager_full_precision(x.device.type)
+
+
+@contextlib.contextmanager
+def _eager_full_precision(device_type: str) -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def shared_forward(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:

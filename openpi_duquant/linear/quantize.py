@@ -123,7 +123,8 @@ def quantize_group(
         smoothing=config.smoothing,
     )
     shared = {name: part for name, part in transform._asdict().items() if isinstance(part, Tensor)}
-    parts = transform.dual().apply(stacked).split([specs[name].out_features for name in weights])
+    stacked = transform.dual().apply(stacked)
+    parts = stacked.split([specs[name].out_features for name in weights])
     return {name: shared | _quantize_rows(part, specs[name], config) for name, part in zip(weights, parts)}
 
 
@@ -164,6 +165,10 @@ def quantize_(model: nn.Module, config: DuQuantConfig, *, backend: str = "auto")
     shapes = {name: (module.out_features, module.in_features) for name, module in linears.items()}
     if "" in linears:
         raise DuQuantError("the model is itself an nn.Linear, which cannot be replaced in place; put it into a module")
+    for name in select_linears(shapes, config):
+        if type(linears[name]) is not nn.Linear:
+            kind = type(linears[name]).__name__
+            raise DuQuantError(f"{name}: is a {kind}, whose host may read its weight directly; exclude it")
     specs = plan_layers(shapes, [name for name, module in linears.items() if module.bias is not None], config)
     replacements: dict[int, QuantLinear] = {}
     for names in members_by_group(specs).values():
@@ -181,7 +186,7 @@ def quantize_(model: nn.Module, config: DuQuantConfig, *, backend: str = "auto")
 
 def require_finite(name: str, weight: Tensor) -> None:
     """Raises DuQuantError, naming the weight, if it holds NaN or Inf."""
-    if weight.is_floating_point() and not torch.isfinite(weight.abs().amax()):
+    if not all(extreme.isfinite() for extreme in weight.aminmax()):
         raise DuQuantError(f"{name}: the weight holds NaN or Inf; a policy with such a weight cannot be quantized")
 
 

@@ -121,7 +121,7 @@ def test_a_dry_run_shows_every_layer_and_the_totals_and_writes_nothing(
         ({}, (), {}),
         ({"WBITS_DEFAULT": "8"}, (), {"weight_bits": 8}),
         ({"WBITS_DEFAULT": "8"}, ("--weight-bits", "4"), {"weight_bits": 4}),
-        ({"PERMUTE": "0", "LS": "0.5"}, ("--permute", "True"), {"permute": True, "smoothing": 0.5}),
+        ({"PERMUTE": "0", "LS": "0.5"}, ("--permute",), {"permute": True, "smoothing": 0.5}),
         ({"ROW_ROT": "0", "BLOCK": "32"}, ("--rotation", "hadamard"), {"row_rotation": "0", "rotation": "hadamard"}),
         ({"DRYRUN": "0"}, ("--group-size", "64"), {"group_size": 64}),
     ],
@@ -149,6 +149,7 @@ def test_a_variable_asks_for_a_dry_run(
     monkeypatch.setenv("OPENPI_DUQUANT_DRYRUN", "1")
     assert "28 layers quantized" in command("convert-checkpoint", own_source)
     assert list(tmp_path.iterdir()) == [own_source]
+    assert "wrote" in command("convert-checkpoint", own_source, "--no-dry-run")
 
 
 def test_the_result_goes_beside_the_source_or_where_it_is_told_to(

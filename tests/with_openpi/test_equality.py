@@ -18,12 +18,12 @@ from openpi_duquant.architecture import EMBEDDING
 from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.checkpoint import SafetensorsReader
 from openpi_duquant.checkpoint.load import place_quant_linears
-from openpi_duquant.checkpoint.load import with_shared_tensors
+from openpi_duquant.checkpoint.load import stored_name
 from openpi_duquant.config import PRESETS
 from openpi_duquant.config import DuQuantConfig
-from openpi_duquant.convert import convert
-from openpi_duquant.convert import folded_tensors
-from openpi_duquant.convert import make_plan
+from openpi_duquant.conversion import convert
+from openpi_duquant.conversion import folded_tensors
+from openpi_duquant.conversion import make_plan
 from openpi_duquant.engine import Observation
 from openpi_duquant.engine import assemble
 from openpi_duquant.engine import load_policy
@@ -161,7 +161,8 @@ def test_quantized_layers_agree_in_openpis_forward_and_in_ours(
     quantized_host = copy.deepcopy(host.model)
     placed = place_quant_linears(quantized_host, layers, backend="reference", dtype=torch.float32)
     with SafetensorsReader(tmp_path / "converted") as reader:
-        state = with_shared_tensors({name: reader.read(name) for name in reader.types}, layers)
+        names = [name for name in quantized_host.state_dict() if stored_name(name, layers) in reader]
+        state = {name: reader.read(stored_name(name, layers)) for name in names}
     state = {name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for name, tensor in state.items()}
     state["paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"] = state[EMBEDDING + ".weight"]
     quantized_host.load_state_dict(state, strict=False, assign=True)

@@ -1,16 +1,16 @@
 """Streaming conversion: one decoder layer at a time is read, folded, quantized and written."""
 
-from collections.abc import Callable, Iterator, Mapping
-import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import importlib.metadata
+import itertools
 import pathlib
 import shutil
-import tempfile
 
 import torch
 from torch import Tensor
 
+from openpi_duquant.architecture import EXPERT_LM_HEAD
 from openpi_duquant.architecture import Architecture
 from openpi_duquant.architecture import linear_shapes
 from openpi_duquant.architecture import parameter_shapes
@@ -19,6 +19,7 @@ from openpi_duquant.checkpoint.files import SafetensorsReader
 from openpi_duquant.checkpoint.files import SafetensorsWriter
 from openpi_duquant.checkpoint.files import TensorType
 from openpi_duquant.checkpoint.files import iter_bytes
+from openpi_duquant.checkpoint.files import renamed_when_whole
 from openpi_duquant.checkpoint.manifest import MANIFEST_NAME
 from openpi_duquant.checkpoint.manifest import Manifest
 from openpi_duquant.checkpoint.manifest import kept_dtypes
@@ -103,8 +104,8 @@ def make_plan(source: Mapping[str, TensorType], config: DuQuantConfig) -> Plan:
 
 
 def convert(
-    source: pathlib.Path,
-    target: pathlib.Path,
+    source: pathlib.Path | str,
+    target: pathlib.Path | str,
     config: DuQuantConfig,
     *,
     device: torch.device | str = "cpu",
@@ -128,26 +129,35 @@ def convert(
         DuQuantError: On a source that is missing, damaged, already converted, not finite or changed meanwhile; on a
             target that exists; or as `make_plan`.
     """
+    source, target = pathlib.Path(source), pathlib.Path(target)
+    version = importlib.metadata.version("openpi-duquant")
     with open_source(source) as reader:
-        if target.exists():
-            raise DuQuantError(f"{target}: exists already; name another folder or remove it")
         plan = make_plan(reader.types, config)
-        _require_space(target, plan.counts()["bytes"])
-        before = [path.stat() for path in reader.files]
-        with _renamed_when_whole(target) as partial:
+        _check_target(source, target, plan.counts()["bytes"])
+        before = _identities(reader.files)
+        with renamed_when_whole(target) as partial:
             with SafetensorsWriter(partial / WEIGHTS_NAME, plan.types) as writer:
                 for name, tensor in convert_tensors(lambda name: reader.read(name).to(device), plan, progress):
                     writer.write(name, tensor)
             _copy_assets(source, partial)
-            manifest = _manifest(reader, plan, partial)
+            manifest = _manifest(reader, plan, partial, version)
             manifest.save(partial)
-            after = [path.stat() for path in reader.files]
-            if [(s.st_size, s.st_mtime_ns) for s in before] != [(s.st_size, s.st_mtime_ns) for s in after]:
+            if _identities(reader.files) != before:
                 raise DuQuantError(f"{source}: changed while it was read; convert it again when it is complete")
     return manifest
 
 
-def _require_space(target: pathlib.Path, needed: int) -> None:
+def _identities(paths: Sequence[pathlib.Path]) -> list[tuple[int, ...]]:
+    """What changes when a file is written to or replaced."""
+    states = [path.stat() for path in paths]
+    return [(state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states]
+
+
+def _check_target(source: pathlib.Path, target: pathlib.Path, needed: int) -> None:
+    if target.exists():
+        raise DuQuantError(f"{target}: exists already; name another folder or remove it")
+    if source.resolve() in target.resolve().parents:
+        raise DuQuantError(f"{target}: lies within the source; name a folder beside it")
     existing = next(folder for folder in target.resolve().parents if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -185,6 +195,8 @@ def convert_tensors(
             if name in types:
                 yield name, weight.to(types[name][0])
         progress(sum(iter_bytes({name: plan.source[name] for name in weights})))
+        del weights, weight
+    progress(sum(iter_bytes({name: kind for name, kind in plan.source.items() if name == EXPERT_LM_HEAD})))
 
 
 def folded_tensors(read: Callable[[str], Tensor], plan: Plan) -> Iterator[tuple[str, Tensor]]:
@@ -194,18 +206,29 @@ def folded_tensors(read: Callable[[str], Tensor], plan: Plan) -> Iterator[tuple[
 
 
 def _folded_units(read: Callable[[str], Tensor], plan: Plan) -> Iterator[dict[str, Tensor]]:
+    """Tensors that must be at hand together, folded; originals are let go as they are replaced."""
     for names in _units(plan):
-        weights = {name: read(name) for name in names}
-        for name, weight in weights.items():
-            require_finite(name, weight)
-        folds = [fold for fold in plan.folds if fold.tensors[0] in weights]
-        yield apply_folds(weights, folds, plan.layers, plan.config)
+        folds = [fold for fold in plan.folds if fold.tensors[0] in names]
+        weights = apply_folds(_read_finite(read, names), folds, plan.layers, plan.config)
+        for name in itertools.chain.from_iterable(fold.tensors for fold in folds):
+            require_finite(name, weights[name])
+        yield weights
+        del weights
+
+
+def _read_finite(read: Callable[[str], Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    weights = {name: read(name) for name in names}
+    for name, weight in weights.items():
+        require_finite(name, weight)
+    return weights
 
 
 def _units(plan: Plan) -> list[list[str]]:
     """Names of source tensors that must be at hand together."""
     units: dict[object, list[str]] = {}
     for name in plan.source:
+        if name == EXPERT_LM_HEAD:
+            continue
         layer = plan.layers.get(_layer_of(name))
         index = decoder_layer(name)
         key = index if index is not None else layer.group if layer else name
@@ -228,12 +251,12 @@ def _copy_assets(source: pathlib.Path, target: pathlib.Path) -> None:
         shutil.copy(source / "config.json", target)
 
 
-def _manifest(reader: SafetensorsReader, plan: Plan, target: pathlib.Path) -> Manifest:
+def _manifest(reader: SafetensorsReader, plan: Plan, target: pathlib.Path, version: str) -> Manifest:
     with SafetensorsReader(target) as written:
         digest = written.digest()
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in plan.source.values()})
     return Manifest(
-        tool_version=importlib.metadata.version("openpi-duquant"),
+        tool_version=version,
         config=plan.config,
         architecture=plan.architecture,
         source={
@@ -247,22 +270,3 @@ def _manifest(reader: SafetensorsReader, plan: Plan, target: pathlib.Path) -> Ma
         counts=plan.counts(),
         sha256=digest,
     )
-
-
-@contextlib.contextmanager
-def _renamed_when_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder beside the target that becomes the target, or vanishes with whatever interrupts."""
-    missing = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if target.exists():
-            raise DuQuantError(f"{target}: was made by something else meanwhile; it is left as it is")
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in missing:
-            with contextlib.suppress(OSError):  # it holds the target
-                folder.rmdir()
