@@ -195,3 +195,15 @@ def test_a_malformed_value_names_its_variable(key: str, text: str, reason: str) 
 def test_the_process_environment_is_read_without_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENPI_DUQUANT_BLOCK", "128")
     assert read_environment()["rotation_block"] == 128
+
+
+def test_configs_share_nothing() -> None:
+    copy = dataclasses.replace(PRESETS["optimized"], scope="")
+    copy.layer_bits["a"] = 8
+    assert not any(config.layer_bits for config in PRESETS.values())
+
+
+@pytest.mark.parametrize("name", ["BACKEND", "RUNTIME", "AUTO", "DEBUG", "PROFILE", "PROFILE_SYNC"])
+def test_a_variable_that_nothing_reads_is_refused(name: str) -> None:
+    with pytest.raises(DuQuantError, match=f"OPENPI_DUQUANT_{name}: nothing in this version reads it"):
+        read_environment({f"OPENPI_DUQUANT_{name}": "1"})

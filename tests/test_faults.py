@@ -140,3 +140,15 @@ def test_an_odd_width_is_refused_by_name(
     message = failure(tmp_path / "odd")
     assert "language_model.layers.0." in message
     assert "in_features 65 is odd" in message
+
+
+def test_a_jax_checkpoint_is_told_how_to_become_a_pytorch_one(
+    tmp_path: pathlib.Path, failure: Callable[..., str]
+) -> None:
+    (tmp_path / "jax" / "params").mkdir(parents=True)
+    assert "convert_jax_model_to_pytorch.py --checkpoint_dir" in failure(tmp_path / "jax")
+
+
+def test_a_nan_in_a_tensor_that_nothing_reads_is_no_fault(own_source: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    put("paligemma_with_expert.gemma_expert.lm_head.weight", set_last(float("nan")))(own_source)
+    assert convert(own_source, tmp_path / "target", PRESETS["default"]).counts["layers"] == 28

@@ -18,6 +18,8 @@ from openpi_duquant import DuQuantError
 from openpi_duquant import Manifest
 from openpi_duquant import convert
 from openpi_duquant import load_policy
+from openpi_duquant import synthetic
+from openpi_duquant.architecture import Architecture
 from openpi_duquant.checkpoint import SafetensorsWriter
 from openpi_duquant.commands import main
 
@@ -229,3 +231,22 @@ def test_a_process_that_is_stopped_ends_with_one_line_and_leaves_nothing(
     assert len(lines) == 1 or finished.returncode == -signal.SIGTERM
     assert said in finished.stderr
     assert [item.name for item in tmp_path.iterdir()] == ["own"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_making_a_checkpoint_leaves_nothing_half_made(
+    tmp_path: pathlib.Path, tiny: Architecture, error: type[BaseException]
+) -> None:
+    def fail(_: int) -> None:
+        raise error
+
+    with pytest.raises(error):
+        synthetic.make_checkpoint(tmp_path / "new" / "made", tiny, progress=fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_within_the_source_is_refused(own_source: pathlib.Path) -> None:
+    before = state_of(own_source)
+    with pytest.raises(DuQuantError, match="lies within the source"):
+        convert(own_source, own_source / "assets" / "target", PRESETS["default"])
+    assert state_of(own_source) == before

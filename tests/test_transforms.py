@@ -94,7 +94,7 @@ def test_rotate_multiplies_every_block_by_its_matrix(shape: tuple[int, ...], siz
     torch.testing.assert_close(transforms.rotate(x, matrices), block_by_block(x, matrices), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [2, 4, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("size", [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
 def test_a_number_means_hadamard_blocks(size: int) -> None:
     torch.manual_seed(3)
     x = torch.randn(2, 3, 3 * size, dtype=torch.float64)

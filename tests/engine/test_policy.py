@@ -118,3 +118,47 @@ def test_an_architecture_is_inferred_from_shapes(*, pi05: bool) -> None:
     for architecture in (PI05, SMALL, TINY):
         expected = dataclasses.replace(architecture, pi05=pi05)
         assert Architecture.infer(synthetic.checkpoint_shapes(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_steps"), [((2, 10, 32), 10), ((1, 10, 7), 10), ((10, 32), 10), ((1, 10, 32), 0), ((1, 10, 32), -3)]
+)
+def test_noise_that_does_not_fit_is_refused(policy: Policy, shape: tuple[int, ...], num_steps: int) -> None:
+    observation, _ = observe()
+    with pytest.raises(DuQuantError, match=r"noise .* must be \(1, "):
+        policy.sample_actions(observation, torch.zeros(shape), num_steps=num_steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_masks_of_another_dtype_mean_the_same(policy: Policy, dtype: torch.dtype) -> None:
+    (first, noise), (second, _) = observe(0, prompt_tokens=3), observe(1, prompt_tokens=9)
+    both, noise = joined(first, second), noise.repeat(2, 1, 1)
+    image_masks = {name: mask.to(dtype) for name, mask in both.image_masks.items()}
+    prompt_mask = both.tokenized_prompt_mask.to(dtype)
+    changed = dataclasses.replace(both, image_masks=image_masks, tokenized_prompt_mask=prompt_mask)
+    assert torch.equal(policy.sample_actions(changed, noise), policy.sample_actions(both, noise))
+
+
+def test_new_weights_act_at_once() -> None:
+    first, second = random_state(TINY), {name: 1.5 * tensor for name, tensor in random_state(TINY).items()}
+    policy, expected = (
+        assemble(TINY, state, {}, backend="auto", dtype=torch.float32) for state in (dict(first), dict(second))
+    )
+    observation, noise = observe()
+    policy.sample_actions(observation, noise)
+    policy.load_state_dict(expected.state_dict())
+    assert torch.equal(policy.sample_actions(observation, noise), expected.sample_actions(observation, noise))
+
+
+@pytest.mark.parametrize("change", [{"depth": 4}, {"num_heads": 4}, {"head_dim": 32}])
+def test_both_gemmas_must_match(change: dict[str, int]) -> None:
+    architecture = dataclasses.replace(TINY, expert=dataclasses.replace(TINY.expert, **change))
+    with pytest.raises(DuQuantError, match="must be equal"):
+        Architecture.infer(synthetic.checkpoint_shapes(architecture))
+
+
+def test_a_missing_tensor_is_named() -> None:
+    state = random_state(TINY)
+    del state["action_in_proj.bias"]
+    with pytest.raises(DuQuantError, match=r"action_in_proj\.bias is missing"):
+        assemble(TINY, state, {}, backend="auto", dtype=torch.float32)

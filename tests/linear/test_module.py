@@ -206,3 +206,17 @@ def test_autocast_does_not_reach_the_arithmetic(spec: LayerSpec, backend: str) -
     expected = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fake"])
+@every_spec
+def test_reduced_precision_matmuls_do_not_reach_the_arithmetic(spec: LayerSpec, backend: str) -> None:
+    layer, x = filled(spec, backend), torch.randn(5, K)
+    expected = layer(x)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        actual = layer(x)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(actual, expected)

@@ -207,3 +207,10 @@ def test_a_bare_linear_is_refused() -> None:
 def test_names_need_no_parent() -> None:
     model = nn.ModuleDict({"q_proj": nn.Linear(64, 32), "other": nn.Linear(64, 32)})
     assert list(quantize_(model, DuQuantConfig())) == ["q_proj"]
+
+
+def test_a_linear_whose_weight_its_host_reads_is_refused() -> None:
+    model = nn.MultiheadAttention(64, 4)
+    with pytest.raises(DuQuantError, match=r"out_proj: is a NonDynamicallyQuantizableLinear"):
+        quantize_(model, config_of(include="out_proj"))
+    assert isinstance(model.out_proj, nn.Linear)
