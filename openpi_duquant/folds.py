@@ -91,21 +91,29 @@ def plan_folds(
             folds.append(Fold("down_permutation", (prefix,), names))
             remaining[down] = dataclasses.replace(specs[down], permute=False)
     for prefix in (prefix for prefix in prefixes if prefix.startswith(LANGUAGE_MODEL)):
-        both = prefix, prefix.replace(LANGUAGE_MODEL, ACTION_EXPERT)
-        values, outputs = _projections(both, specs, "v_proj"), _projections(both, specs, "o_proj")
-        propagated = values if config.row_rotation == "propagate" else []
-        if not (outputs or propagated) or not (config.permute or config.rotation != "none"):
-            continue
-        block = math.gcd(config.rotation_block, tensors[prefix + "self_attn.v_proj.weight"][0])
-        names = tuple(f"{each}self_attn.{projection}_proj.weight" for each in both for projection in ("v", "o"))
-        folds.append(Fold("value_head", both, names, block))
-        for name in outputs:
-            remaining[name] = dataclasses.replace(specs[name], **_FOLDED_INPUT)
-        for name in propagated:
-            remaining[name] = dataclasses.replace(specs[name], output_rotation="folded", output_rotation_block=block)
+        fold, changed = _plan_value_head(prefix, tensors, specs, config)
+        folds += fold
+        remaining |= changed
     if config.row_rotation == "propagate" and not any(spec.output_rotation == "folded" for spec in remaining.values()):
         raise DuQuantError("row_rotation: 'propagate' rotates the rows of v_proj only, and none is selected")
     return folds, remaining
+
+
+def _plan_value_head(
+    prefix: str, tensors: Mapping[str, tuple[int, ...]], specs: Mapping[str, LayerSpec], config: DuQuantConfig
+) -> tuple[list[Fold], dict[str, LayerSpec]]:
+    """The fold of a layer's value head, if one is called for, and the specs that it changes."""
+    both = prefix, prefix.replace(LANGUAGE_MODEL, ACTION_EXPERT)
+    values, outputs = _projections(both, specs, "v_proj"), _projections(both, specs, "o_proj")
+    propagated = values if config.row_rotation == "propagate" else []
+    if not (outputs or propagated) or not (config.permute or config.rotation != "none"):
+        return [], {}
+    block = math.gcd(config.rotation_block, tensors[prefix + "self_attn.v_proj.weight"][0])
+    names = tuple(f"{each}self_attn.{projection}_proj.weight" for each in both for projection in ("v", "o"))
+    changed = {name: dataclasses.replace(specs[name], **_FOLDED_INPUT) for name in outputs}
+    for name in propagated:
+        changed[name] = dataclasses.replace(specs[name], output_rotation="folded", output_rotation_block=block)
+    return [Fold("value_head", both, names, block)], changed
 
 
 def _projections(prefixes: Iterable[str], names: Mapping[str, LayerSpec], projection: str) -> list[str]:

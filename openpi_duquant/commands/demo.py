@@ -1,6 +1,6 @@
 """openpi-duquant demo: convert a checkpoint with several presets and compare them with the original."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import pathlib
@@ -91,41 +91,47 @@ def demo(
     if not configs:
         raise DuQuantError("presets: name at least one")
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=output) as scratch, progress_bars() as bars:
-        folder = pathlib.Path(scratch)
+    asked = {"random_weights": checkpoint is None, "num_steps": num_steps, "dtype": dtype, "seed": seed}
+    with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=output) as scratch:
         source = checkpoint
         if source is None:
-            source = folder / "pi05-small"
+            source = pathlib.Path(scratch) / "pi05-small"
             synthetic.make_checkpoint(source, SMALL, seed=seed)
-        with open_source(source) as reader:
-            architecture, source_bytes = Architecture.infer(reader.shapes), sum(iter_bytes(reader.types))
-        observation, noise = synthetic.libero_like_observation(architecture, seed=seed)
-        trial = Trial(observation, noise, num_steps, getattr(torch, dtype))
+        measured = _measure(source, pathlib.Path(scratch), configs, num_steps, getattr(torch, dtype), seed)
+    results = asked | measured | {"stamp": stamp()}
+    page = markdown(results)
+    write_json(output / "comparison.json", results)
+    (output / "comparison.md").write_text(page)
+    plot(results, output / "comparison.png")
+    console.print(page)
+    console.print(f"wrote {output / 'comparison.md'}, .json and .png")
+
+
+def _measure(
+    source: pathlib.Path,
+    scratch: pathlib.Path,
+    configs: Mapping[str, DuQuantConfig],
+    num_steps: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> dict[str, Any]:
+    """Runs the original, converts it with every config into `scratch`, and compares."""
+    with open_source(source) as reader:
+        architecture, source_bytes = Architecture.infer(reader.shapes), sum(iter_bytes(reader.types))
+    observation, noise = synthetic.libero_like_observation(architecture, seed=seed)
+    trial = Trial(observation, noise, num_steps, dtype)
+    rows = []
+    with progress_bars() as bars:
         steps = bars.add_task("Comparing", total=1 + len(configs) * (len(BACKENDS) + 2))
-        original = trial.timed(load_policy(source, dtype=trial.dtype))
+        original = trial.timed(load_policy(source, dtype=dtype))
         bars.advance(steps)
-        rows = []
         for name, config in configs.items():
             task = bars.add_task(f"Converting with {name}", total=source_bytes)
-            manifest = convert(source, folder / name, config, progress=functools.partial(bars.advance, task))
+            manifest = convert(source, scratch / name, config, progress=functools.partial(bars.advance, task))
             bars.advance(steps)
-            row = _compare(source, folder / name, config, trial, original, functools.partial(bars.advance, steps))
+            row = _compare(source, scratch / name, config, trial, original, functools.partial(bars.advance, steps))
             rows.append({"preset": name, **row, **manifest.counts})
-    results = {
-        "random_weights": checkpoint is None,
-        "architecture": dataclasses.asdict(architecture),
-        "num_steps": num_steps,
-        "dtype": dtype,
-        "seed": seed,
-        "original_bytes": source_bytes,
-        "presets": rows,
-        "stamp": stamp(),
-    }
-    write_json(output / "comparison.json", results)
-    (output / "comparison.md").write_text(markdown(results))
-    plot(results, output / "comparison.png")
-    console.print(markdown(results))
-    console.print(f"wrote {output / 'comparison.md'}, .json and .png")
+    return {"architecture": dataclasses.asdict(architecture), "original_bytes": source_bytes, "presets": rows}
 
 
 def _compare(

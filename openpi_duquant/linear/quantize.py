@@ -66,12 +66,7 @@ def plan_layers(
     for name in selected:
         n, k = shapes[name]
         bits = config.layer_bits.get(name, config.weight_bits)
-        if bits == 4 and k % 2:
-            raise DuQuantError(
-                f"{name}: in_features {k} is odd, int4 fills bytes in pairs; exclude it or give it 8 bits"
-            )
-        if config.group_size and k % config.group_size:
-            raise DuQuantError(f"{name}: in_features {k} is not a multiple of group_size {config.group_size}")
+        _check_fits(name, k, bits, config.group_size)
         rotation, block = _fit(config.rotation, config.rotation_block, k)
         output_rotation, output_block = _fit(config.rotation, config.output_block, n)
         specs[name] = LayerSpec(
@@ -90,6 +85,15 @@ def plan_layers(
             group=groups[name],
         )
     return specs
+
+
+def _check_fits(name: str, width: int, bits: int, group_size: int | None) -> None:
+    if bits == 4 and width % 2:
+        raise DuQuantError(
+            f"{name}: in_features {width} is odd, int4 fills bytes in pairs; exclude it or give it 8 bits"
+        )
+    if group_size and width % group_size:
+        raise DuQuantError(f"{name}: in_features {width} is not a multiple of group_size {group_size}")
 
 
 def _fit(rotation: str, block: int, width: int) -> tuple[str, int]:
