@@ -15,6 +15,7 @@ from openpi_duquant.conversion import convert
 from openpi_duquant.engine import Observation
 from openpi_duquant.engine import load_policy
 from openpi_duquant.kernels import reference
+from openpi_duquant.linear import quantize_
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,3 +81,18 @@ def test_conversion_on_a_gpu_is_as_good(tmp_path: pathlib.Path, rotation: str) -
         errors.append(relative_error(actions - noise, expected - noise))
     assert errors[1] < 0.1
     assert errors[1] < 2 * errors[0]
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "svd"])
+@pytest.mark.parametrize("backend", ["reference", "fake"])
+def test_reduced_precision_matmuls_do_not_reach_a_layer(backend: str, kind: str) -> None:
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(512, 256)})
+    quantize_(model, DuQuantConfig(rotation=kind, row_rotation="restore"), backend=backend)
+    layer, x = model["q_proj"].cuda(), torch.randn(127, 512, device="cuda")
+    expected = layer(x)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert torch.equal(layer(x), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
