@@ -103,6 +103,10 @@ class SafetensorsReader(contextlib.AbstractContextManager, Mapping[str, Tensor])
         """As `read`."""
         return self.read(name)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of that name; reads nothing."""
+        return name in self.types
+
     def __iter__(self) -> Iterator[str]:
         """Names of all tensors."""
         return iter(self.types)

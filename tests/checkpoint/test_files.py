@@ -247,3 +247,10 @@ def test_whatever_the_header_says_only_our_error_comes_out(
     except DuQuantError as error:
         message = str(error)
     assert "\n" not in message
+
+
+def test_asking_for_names_reads_nothing(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SafetensorsReader(folder) as reader:
+        monkeypatch.setattr(SafetensorsReader, "read", None)
+        assert set(reader) == {"a", "b", "c"}
+        assert (len(reader), "a" in reader, "d" in reader) == (3, True, False)
