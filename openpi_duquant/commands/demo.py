@@ -17,6 +17,7 @@ from openpi_duquant.accuracy import layer_errors
 from openpi_duquant.accuracy import relative_error
 from openpi_duquant.architecture import SMALL
 from openpi_duquant.architecture import Architecture
+from openpi_duquant.architecture import kept_in_float32
 from openpi_duquant.checkpoint import SafetensorsReader
 from openpi_duquant.checkpoint.files import iter_bytes
 from openpi_duquant.commands.comparison import markdown
@@ -71,7 +72,7 @@ def demo(
     checkpoint: pathlib.Path | None = None,
     presets: tuple[str, ...] = ("default", "optimized", "simple"),
     num_steps: int = 10,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     seed: int = 0,
 ) -> None:
     """Convert a pi0 or pi0.5 checkpoint with several presets and compare each with the original, on a CPU.
@@ -83,7 +84,8 @@ def demo(
         checkpoint: A checkpoint of openpi; a small random one is made when not given.
         presets: Presets to compare.
         num_steps: Denoising steps.
-        dtype: Type that policies compute in.
+        dtype: Type that policies compute in; auto is float32, and bfloat16 for a checkpoint that is given: at full
+            size that takes about 12 GB of memory, float32 twice as much.
         seed: Of the random checkpoint, observation and noise.
     """
     refuse_variables("demo")
@@ -91,6 +93,8 @@ def demo(
     if not configs:
         raise DuQuantError("presets: name at least one")
     output.mkdir(parents=True, exist_ok=True)
+    if dtype == "auto":
+        dtype = "bfloat16" if checkpoint else "float32"
     asked = {"random_weights": checkpoint is None, "num_steps": num_steps, "dtype": dtype, "seed": seed}
     with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=output) as scratch:
         source = checkpoint
@@ -168,5 +172,6 @@ def _folded(source: pathlib.Path, config: DuQuantConfig, dtype: torch.dtype) -> 
     """The original with the folds of a config, not quantized: what its layers are compared with."""
     with SafetensorsReader(source) as reader:
         plan = make_plan(reader.types, config)
-        state = dict(folded_tensors(reader.read, plan))
+        folded = folded_tensors(reader.read, plan)
+        state = {name: tensor if kept_in_float32(name) else tensor.to(dtype) for name, tensor in folded}
         return assemble(plan.architecture, state, {}, backend="auto", dtype=dtype)
