@@ -41,13 +41,11 @@ class Fold:
 
     Attributes:
         kind: "norm_gain", "down_permutation" or "value_head".
-        prefixes: The decoder layers it works on, as "...layers.3."; two for a value head.
-        tensors: Names of all tensors it changes.
+        tensors: Names of all tensors it changes, in the order in which its function takes them.
         block: Of a value head, the block of its zigzag and rotation.
     """
 
     kind: str
-    prefixes: tuple[str, ...]
     tensors: tuple[str, ...]
     block: int = 0
 
@@ -84,11 +82,11 @@ def plan_folds(
         for norm, consumers in _NORM_CONSUMERS.items():
             if prefix + norm in tensors and any(prefix + consumer in specs for consumer in consumers):
                 names = (prefix + norm, *(f"{prefix}{consumer}.weight" for consumer in consumers))
-                folds.append(Fold("norm_gain", (prefix,), names))
+                folds.append(Fold("norm_gain", names))
         down = prefix + "mlp.down_proj"
         if down in specs and specs[down].permute and not specs[down].pre_rotation:
             names = tuple(f"{prefix}mlp.{projection}_proj.weight" for projection in ("gate", "up", "down"))
-            folds.append(Fold("down_permutation", (prefix,), names))
+            folds.append(Fold("down_permutation", names))
             remaining[down] = dataclasses.replace(specs[down], permute=False)
     for prefix in (prefix for prefix in prefixes if prefix.startswith(LANGUAGE_MODEL)):
         fold, changed = _plan_value_head(prefix, tensors, specs, config)
@@ -104,20 +102,21 @@ def _plan_value_head(
 ) -> tuple[list[Fold], dict[str, LayerSpec]]:
     """The fold of a layer's value head, if one is called for, and the specs that it changes."""
     both = prefix, prefix.replace(LANGUAGE_MODEL, ACTION_EXPERT)
-    values, outputs = _projections(both, specs, "v_proj"), _projections(both, specs, "o_proj")
+    names = tuple(f"{each}self_attn.{projection}_proj.weight" for each in both for projection in ("v", "o"))
+    values, outputs = _quantized(names[::2], specs), _quantized(names[1::2], specs)
     propagated = values if config.row_rotation == "propagate" else []
     if not (outputs or propagated) or not (config.permute or config.rotation != "none"):
         return [], {}
     block = math.gcd(config.rotation_block, tensors[prefix + "self_attn.v_proj.weight"][0])
-    names = tuple(f"{each}self_attn.{projection}_proj.weight" for each in both for projection in ("v", "o"))
     changed = {name: dataclasses.replace(specs[name], **_FOLDED_INPUT) for name in outputs}
     for name in propagated:
         changed[name] = dataclasses.replace(specs[name], output_rotation="folded", output_rotation_block=block)
-    return [Fold("value_head", both, names, block)], changed
+    return [Fold("value_head", names, block)], changed
 
 
-def _projections(prefixes: Iterable[str], names: Mapping[str, LayerSpec], projection: str) -> list[str]:
-    return [name for prefix in prefixes if (name := f"{prefix}self_attn.{projection}") in names]
+def _quantized(weights: Iterable[str], specs: Mapping[str, LayerSpec]) -> list[str]:
+    """Names of the layers of these weights that are quantized."""
+    return [layer for name in weights if (layer := name.removesuffix(".weight")) in specs]
 
 
 def apply_folds(
@@ -138,7 +137,7 @@ def apply_folds(
         if fold.kind == "norm_gain":
             weights |= fold_norm_gain(weights, *fold.tensors)
         elif fold.kind == "down_permutation":
-            weights |= fold_down_permutation(weights, *fold.tensors, specs, config)
+            weights |= fold_down_permutation(weights, *fold.tensors, config)
         else:
             weights |= fold_value_head(weights, fold, specs, config)
     return weights
@@ -150,14 +149,10 @@ def fold_norm_gain(weights: Weights, norm: str, *consumers: str) -> Weights:
     return {name: weights[name].float() * gain for name in consumers} | {norm: torch.zeros_like(gain)}
 
 
-def fold_down_permutation(
-    weights: Weights, gate: str, up: str, down: str, specs: Mapping[str, LayerSpec], config: DuQuantConfig
-) -> Weights:
+def fold_down_permutation(weights: Weights, gate: str, up: str, down: str, config: DuQuantConfig) -> Weights:
     """Permutes the rows of `gate` and `up` and the columns of `down`, by the zigzag of `down`; returns what changed."""
-    spec = specs[down.removesuffix(".weight")]
     energy = fitting.channel_energy(weights[down], config.smoothing)
-    block = spec.rotation_block or math.gcd(config.rotation_block, spec.in_features)
-    permutation = fitting.zigzag_permutation(energy, block)
+    permutation = fitting.zigzag_permutation(energy, math.gcd(config.rotation_block, len(energy)))
     return {gate: weights[gate][permutation], up: weights[up][permutation], down: weights[down][:, permutation]}
 
 
@@ -170,15 +165,16 @@ def fold_value_head(weights: Weights, fold: Fold, specs: Mapping[str, LayerSpec]
     Returns:
         The `v` and `o` weights of both models.
     """
-    head_dim = len(weights[fold.tensors[0]])
-    samples = [weights[name + ".weight"].float() for name in _projections(fold.prefixes, specs, "o_proj")]
-    samples = samples or [weights[name + ".weight"].float().T for name in _projections(fold.prefixes, specs, "v_proj")]
+    values, outputs = fold.tensors[::2], fold.tensors[1::2]
+    head_dim = len(weights[values[0]])
+    samples = [weights[layer + ".weight"].float() for layer in _quantized(outputs, specs)]
+    samples = samples or [weights[layer + ".weight"].float().T for layer in _quantized(values, specs)]
     heads = torch.cat([sample.reshape(-1, head_dim) for sample in samples])
     transform = fitting.fit_transform(
         heads, config.rotation, fold.block, permute=config.permute, smoothing=config.smoothing
     )
     changed = {}
-    for value, output in zip(fold.tensors[::2], fold.tensors[1::2]):
+    for value, output in zip(values, outputs):
         changed[value] = transform.apply(weights[value].float().T).T.contiguous()
         by_head = weights[output].float().unflatten(1, (-1, head_dim))
         changed[output] = transform.dual().apply(by_head).flatten(1)

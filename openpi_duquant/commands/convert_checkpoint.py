@@ -78,7 +78,6 @@ def convert_checkpoint(
 
 
 def _layer_table(plan: Plan) -> str:
-    folded = {name: fold.kind for fold in plan.folds for name in fold.tensors}
     header = ("layer", "out x in", "bits", "permute", "rotation", "output rotation", "folded", "group scales")
     rows = [
         (
@@ -88,7 +87,7 @@ def _layer_table(plan: Plan) -> str:
             "run time" if spec.permute else "-",
             f"{spec.rotation} {spec.rotation_block}" if spec.rotation_block else "-",
             f"{spec.output_rotation} {spec.output_rotation_block}" if spec.output_rotation_block else "-",
-            folded.get(f"{name}.weight", "-"),
+            ", ".join(fold.kind for fold in plan.folds if f"{name}.weight" in fold.tensors) or "-",
             spec.group_size or "per row",
         )
         for name, spec in plan.layers.items()

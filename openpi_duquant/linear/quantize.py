@@ -122,7 +122,7 @@ def quantize_group(
     transform = fitting.fit_transform(
         stacked,
         config.rotation if lead.rotation_block else "none",
-        lead.rotation_block or math.gcd(config.rotation_block, lead.in_features),
+        math.gcd(config.rotation_block, lead.in_features),
         permute=lead.permute,
         smoothing=config.smoothing,
     )

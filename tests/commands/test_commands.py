@@ -111,6 +111,8 @@ def test_a_dry_run_shows_every_layer_and_the_totals_and_writes_nothing(
     for name, spec in manifest.layers.items():
         assert f"{spec.out_features}x{spec.in_features}" in rows[name]
         assert "W4A8" in rows[name]
+        folds = [fold["kind"] for fold in manifest.folds if f"{name}.weight" in fold["tensors"]]
+        assert f"| {', '.join(folds) or '-'} " in rows[name]
     assert f"{len(rows)} layers quantized" in shown
     assert f"{data_bytes(own_source):,} bytes before, {data_bytes(converted(preset)):,} after" in shown
 
