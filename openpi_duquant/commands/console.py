@@ -14,6 +14,7 @@ import torch
 
 from openpi_duquant.config import ENVIRONMENT_PREFIX
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.config import Environment
 from openpi_duquant.config import read_environment
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -58,5 +59,6 @@ def refuse_variables(command: str) -> None:
     Raises:
         DuQuantError: If one is, or is not known at all.
     """
-    if read_environment():
+    environment = read_environment()
+    if environment != Environment(compile=environment.compile):
         raise DuQuantError(f"{command} takes presets as they are; unset the {ENVIRONMENT_PREFIX}* variables")

@@ -32,9 +32,9 @@ def defaults(arguments: Sequence[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default="default")
     preset = parser.parse_known_args(arguments)[0].preset
-    fields = read_environment()
-    own = {name: fields.pop(name) for name in ("packdir", "dry_run") if name in fields}
-    return own | {"config": dataclasses.replace(preset_config(preset), **fields)}
+    environment = read_environment()
+    config = dataclasses.replace(preset_config(preset), **environment.fields)
+    return {"config": config, "packdir": environment.packdir, "dry_run": environment.dry_run}
 
 
 def convert_checkpoint(
