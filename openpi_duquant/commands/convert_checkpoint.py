@@ -11,7 +11,6 @@ import tyro
 
 from openpi_duquant.checkpoint.files import iter_bytes
 from openpi_duquant.commands.console import console
-from openpi_duquant.commands.console import progress_bar
 from openpi_duquant.commands.console import resolve_device
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import preset as preset_config
@@ -20,6 +19,7 @@ from openpi_duquant.conversion import Plan
 from openpi_duquant.conversion import convert
 from openpi_duquant.conversion import make_plan
 from openpi_duquant.conversion import open_source
+from openpi_duquant.progress import progress_bar
 from openpi_duquant.report import markdown_table
 
 

@@ -7,6 +7,7 @@ from openpi_duquant import packing
 from openpi_duquant import quant
 from openpi_duquant import transforms
 from openpi_duquant.kernels import reference
+from openpi_duquant.profiling import span
 
 
 def matmul(
@@ -19,6 +20,7 @@ def matmul(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.matmul`, of dequantized operands; equal up to fp32 rounding."""
-    x = a.float() if act_scale is None else a.float() * act_scale
-    y = x @ quant.dequantize_weight(packing.unpack(weight_packed), weight_scale).T
+    with span("matmul", a):
+        x = a.float() if act_scale is None else a.float() * act_scale
+        y = x @ quant.dequantize_weight(packing.unpack(weight_packed), weight_scale).T
     return reference.epilogue(y, bias, output_rotation, dtype)

@@ -6,6 +6,7 @@ from torch import Tensor
 from openpi_duquant import packing
 from openpi_duquant import quant
 from openpi_duquant import transforms
+from openpi_duquant.profiling import span
 
 
 def transform_and_quantize(x: Tensor, transform: transforms.Transform) -> tuple[Tensor, Tensor]:
@@ -18,7 +19,10 @@ def transform_and_quantize(x: Tensor, transform: transforms.Transform) -> tuple[
     Returns:
         codes [M, K] int8 and act_scale [M, 1] fp32, as `quant.quantize_activation`.
     """
-    return quant.quantize_activation(transform.apply(x.float()))
+    with span("input_transform", x):
+        x = transform.apply(x.float())
+    with span("activation_forward", x):
+        return quant.quantize_activation(x)
 
 
 def integer_matmul(codes: Tensor, weight: Tensor, bits: int = 8) -> Tensor:
@@ -59,8 +63,9 @@ def accumulate(codes: Tensor, weight: Tensor, weight_scale: Tensor, bits: int = 
 
 def epilogue(y: Tensor, bias: Tensor | None, output_rotation: transforms.Rotation, dtype: torch.dtype) -> Tensor:
     """Restores rotated output rows, adds the bias, rounds to the output type; y [M, N] fp32."""
-    y = transforms.rotate(y, output_rotation)
-    return (y if bias is None else y + bias).to(dtype)
+    with span("output_restore", y):
+        y = transforms.rotate(y, output_rotation)
+        return (y if bias is None else y + bias).to(dtype)
 
 
 def matmul(
@@ -86,9 +91,10 @@ def matmul(
     Returns:
         [M, N] dtype.
     """
-    weight = packing.unpack(weight_packed)
-    if act_scale is None:
-        y = a.float() @ quant.dequantize_weight(weight, weight_scale).T
-    else:
-        y = accumulate(a, weight, weight_scale, 4 if weight_packed.dtype == torch.uint8 else 8) * act_scale
+    with span("matmul", a):
+        weight = packing.unpack(weight_packed)
+        if act_scale is None:
+            y = a.float() @ quant.dequantize_weight(weight, weight_scale).T
+        else:
+            y = accumulate(a, weight, weight_scale, 4 if weight_packed.dtype == torch.uint8 else 8) * act_scale
     return epilogue(y, bias, output_rotation, dtype)

@@ -12,6 +12,8 @@ from openpi_duquant import transforms
 from openpi_duquant.kernels import reference
 from openpi_duquant.linear.spec import SHARED_TENSORS
 from openpi_duquant.linear.spec import LayerSpec
+from openpi_duquant.profiling import in_layer
+from openpi_duquant.profiling import span
 
 
 class QuantLinear(nn.Module):
@@ -81,7 +83,8 @@ class QuantLinear(nn.Module):
         x = x.reshape(-1, self.in_features)
         with _full_precision(x):
             if self.spec.activation_bits == 16:
-                return self.transform.apply(x.float()), None
+                with span("input_transform", x):
+                    return self.transform.apply(x.float()), None
             return reference.transform_and_quantize(x, self.transform)
 
     def matmul(self, a: Tensor, act_scale: Tensor | None, like: Tensor) -> Tensor:
@@ -128,6 +131,14 @@ def _eager_full_precision(device_type: str) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def name_layers(model: nn.Module) -> None:
+    """Makes a profile count the spans of each quantized layer of `model` under its name."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            layer.quantize_input = in_layer(name, layer.quantize_input)
+            layer.matmul = in_layer(name, layer.matmul)
 
 
 def shared_forward(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
