@@ -1,7 +1,10 @@
 """The definition of every operation, in plain torch: true integers, exact accumulators."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+import torch.nn.functional as F  # noqa: N812
 
 from openpi_duquant import packing
 from openpi_duquant import quant
@@ -23,6 +26,49 @@ def transform_and_quantize(x: Tensor, transform: transforms.Transform) -> tuple[
         x = transform.apply(x.float())
     with span("activation_forward", x):
         return quant.quantize_activation(x)
+
+
+NORM_EPS = 1e-6
+"""What RMS norms add to the mean square, as in Gemma."""
+
+
+class Prologue(NamedTuple):
+    """What a layer's input is made from, element by element; each step is rounded to the type of x.
+
+    Attributes:
+        geglu: x = gate | up becomes gelu(gate) * up, GELU by its tanh approximation.
+        norm: x becomes x / rms(x) * (1 + scale) + shift.
+        scale: [K], or None for zeros: weight of Gemma's RMS norm, or scale of adaRMS.
+        shift: [K], or None for zeros.
+    """
+
+    geglu: bool = False
+    norm: bool = False
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x [..., K], or [..., 2 K] for GeGLU -> [..., K], the same dtype."""
+        if self.geglu:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.gelu(gate, approximate="tanh") * up
+        if self.norm:
+            y = x.float()
+            y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPS)
+            y = y if self.scale is None else y * (1.0 + self.scale.float())
+            x = (y if self.shift is None else y + self.shift.float()).to(x.dtype)
+        return x
+
+
+NO_PROLOGUE = Prologue()
+
+
+def fused_transform(
+    x: Tensor, transform: transforms.Transform, prologue: Prologue = NO_PROLOGUE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prologue, transform and rounding, as `transform.fused_transform`."""
+    codes, act_scale = transform_and_quantize(prologue.apply(x), transform)
+    return codes, act_scale, codes.sum(1, keepdim=True, dtype=torch.int32)
 
 
 def integer_matmul(codes: Tensor, weight: Tensor, bits: int = 8) -> Tensor:
