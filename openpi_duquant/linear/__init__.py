@@ -2,6 +2,7 @@
 
 from openpi_duquant.linear.module import QuantLinear
 from openpi_duquant.linear.module import shared_forward
+from openpi_duquant.linear.prepare import prepare_
 from openpi_duquant.linear.quantize import plan_layers
 from openpi_duquant.linear.quantize import quantize_
 from openpi_duquant.linear.quantize import quantize_group
@@ -12,6 +13,7 @@ __all__ = [
     "LayerSpec",
     "QuantLinear",
     "plan_layers",
+    "prepare_",
     "quantize_",
     "quantize_group",
     "select_linears",
