@@ -338,3 +338,9 @@ def read_environment(environment: Mapping[str, str] | None = None) -> Environmen
         except (ValueError, DuQuantError) as error:
             raise DuQuantError(f"environment variable {name}={text!r}: {error}") from None
     return Environment(fields, **switches)
+
+
+def cache_folder() -> pathlib.Path:
+    """Where files that can be made again are kept: `openpi-duquant` under $XDG_CACHE_HOME, or under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache") / "openpi-duquant"  # noqa: PTH117

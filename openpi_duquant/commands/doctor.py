@@ -52,9 +52,15 @@ def _devices() -> Iterator[Finding]:
 
 
 def _backends() -> Iterator[Finding]:
-    for name in kernels.BACKENDS:
-        yield Finding(f"backend {name}", "runs, on any device")
-    yield Finding("backend auto", f"takes {kernels.resolve('auto')}")
+    """Of a W4A8 layer of pi0.5, on the device that this machine has."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problem = kernels.Problem(2048, 1024, 4, 8, 1, "none", 0, torch.bfloat16)
+    runnable = []
+    for name, backend in kernels.BACKENDS.items():
+        runs, reasons = backend.can_run(problem, device)
+        runnable += [name] if runs else []
+        yield Finding(f"backend {name}", f"runs on {device}" if runs else f"cannot run: {'; '.join(reasons)}")
+    yield Finding("backend auto", f"takes {next(name for name in kernels.AUTO if name in runnable)}")
 
 
 def _openpi() -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.policy import Policy
 from openpi_duquant.engine.policy import build_policy
 from openpi_duquant.linear import LayerSpec
+from openpi_duquant.linear import prepare_
 
 
 def load_policy(
@@ -70,11 +71,24 @@ def assemble(
         device: Where to put them.
 
     Raises:
-        DuQuantError: If a tensor is missing or of a wrong shape.
+        DuQuantError: If a tensor is missing or of a wrong shape, or the backend cannot run.
     """
     with torch.device("meta"):
         policy = build_policy(architecture)
     place_quant_linears(policy, layers, backend=backend, dtype=dtype)
+    _fill(policy, state, layers, dtype, device)
+    prepare_(policy)
+    return policy.requires_grad_(requires_grad=False).eval()
+
+
+def _fill(
+    policy: Policy,
+    state: Mapping[str, Tensor],
+    layers: Mapping[str, LayerSpec],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
+    """Gives a policy its tensors."""
     tensors: dict[str, Tensor] = {}
     sources: dict[str, Tensor] = {}
     for name in policy.state_dict():
@@ -88,7 +102,6 @@ def assemble(
         policy.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise DuQuantError(" ".join(str(error).split())) from None
-    return policy.requires_grad_(requires_grad=False).eval()
 
 
 def _cast(name: str, tensor: Tensor, layers: Mapping[str, LayerSpec], dtype: torch.dtype) -> Tensor:

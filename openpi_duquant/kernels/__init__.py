@@ -1,42 +1,85 @@
-"""Backends: one file each, one signature, `reference` the definition of all.
+"""Backends: one file or folder each, one signature, `reference` the definition of all; the registry chooses at load."""
 
-    matmul(a, act_scale, weight_packed, weight_scale, bias, output_rotation, dtype) -> [M, N] dtype
-
-a [M, K] is int8 with act_scale [M, 1] fp32 (A8), or floating point with act_scale None (A16, weights only).
-"""
-
-from collections.abc import Callable
+from collections.abc import Iterable
 import functools
 import logging
 
 import torch
 
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.kernels import bitblas
 from openpi_duquant.kernels import fake
 from openpi_duquant.kernels import reference
+from openpi_duquant.kernels.backend import Backend
+from openpi_duquant.kernels.backend import Problem
 
 logger = logging.getLogger(__name__)
 
-Matmul = Callable[..., torch.Tensor]
+__all__ = ["AUTO", "BACKENDS", "Backend", "Problem", "check_name", "load", "resolve"]
 
-BACKENDS: dict[str, Matmul] = {"reference": reference.matmul, "fake": fake.matmul}
+BACKENDS: dict[str, Backend] = {"bitblas": bitblas.BACKEND, "reference": reference.BACKEND, "fake": fake.BACKEND}
+
+AUTO = ("bitblas", "reference")
+"""What `auto` tries, fastest first; `fake` simulates, and runs only when it is named."""
 
 
-def resolve(name: str) -> str:
-    """The backend that `name` stands for; `auto` is the fastest that can run, today `reference`.
+def check_name(name: str) -> None:
+    """Raises DuQuantError unless `name` is "auto" or a backend; names those there are."""
+    if name != "auto" and name not in BACKENDS:
+        raise DuQuantError(f"unknown backend {name!r}: this version has auto, {', '.join(BACKENDS)}")
+
+
+def load(name: str, problems: Iterable[Problem], device: torch.device) -> None:
+    """Makes ready what these problems need, all at once, so that `resolve` of each is quick.
+
+    What cannot be made ready is left for `resolve` to say.
+    """
+    problems = set(problems)
+    for candidate in AUTO if name == "auto" else (name,):
+        runnable = [problem for problem in problems if BACKENDS[candidate].can_run(problem, device)[0]]
+        try:
+            BACKENDS[candidate].load(runnable, device)
+        except DuQuantError as error:
+            logger.debug("backend %s: %s", candidate, error)
+
+
+def resolve(name: str, problem: Problem, device: torch.device) -> str:
+    """The backend that runs this problem on this device, loaded and tested; what `auto` chose and why is logged once.
+
+    Args:
+        name: A backend, or "auto": the first of `AUTO` that can run.
+        problem: The layer.
+        device: Where its tensors are.
 
     Raises:
-        DuQuantError: If there is no such backend; names those there are.
+        DuQuantError: If the backend named cannot run (with every reason), or there is none of that name.
     """
-    if name == "auto":
-        _log_choice("reference")
-        return "reference"
-    if name not in BACKENDS:
-        raise DuQuantError(f"unknown backend {name!r}: this version has auto, {', '.join(BACKENDS)}")
-    return name
+    check_name(name)
+    refused = []
+    for candidate in AUTO if name == "auto" else (name,):
+        reasons = _reasons_against(candidate, problem, device)
+        if not reasons:
+            if name == "auto":
+                _log_choice(problem.weight_bits, problem.activation_bits, device, candidate, tuple(refused))
+            return candidate
+        refused.append(f"{candidate} cannot run: {'; '.join(reasons)}")
+    raise DuQuantError(f"backend {refused[0]} ({problem} on {device})")
+
+
+def _reasons_against(name: str, problem: Problem, device: torch.device) -> list[str]:
+    runs, reasons = BACKENDS[name].can_run(problem, device)
+    if runs:
+        try:
+            BACKENDS[name].load([problem], device)
+        except DuQuantError as error:
+            return [str(error)]
+    return reasons
 
 
 @functools.cache
-def _log_choice(chosen: str) -> None:
-    """Says once what `auto` took."""
-    logger.info("backend auto: %s; fake simulates in floating point, and this version has no GPU kernels", chosen)
+def _log_choice(
+    weight_bits: int, activation_bits: int, device: torch.device, chosen: str, refused: tuple[str, ...]
+) -> None:
+    """Says what `auto` took, once for all layers alike."""
+    against = f"; {'; '.join(refused)}" if refused else ""
+    logger.info("backend auto: W%dA%d on %s runs on %s%s", weight_bits, activation_bits, device, chosen, against)

@@ -7,20 +7,25 @@ from openpi_duquant import packing
 from openpi_duquant import quant
 from openpi_duquant import transforms
 from openpi_duquant.kernels import reference
+from openpi_duquant.kernels.backend import Backend
 from openpi_duquant.profiling import span
 
 
 def matmul(
     a: Tensor,
     act_scale: Tensor | None,
-    weight_packed: Tensor,
+    weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     output_rotation: transforms.Rotation,
     dtype: torch.dtype,
+    row_sum: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.matmul`, of dequantized operands; equal up to fp32 rounding."""
+    """As `backend.Matmul`, of dequantized operands; equal up to fp32 rounding."""
     with span("matmul", a):
         x = a.float() if act_scale is None else a.float() * act_scale
-        y = x @ quant.dequantize_weight(packing.unpack(weight_packed), weight_scale).T
+        y = x @ quant.dequantize_weight(packing.unpack(weight), weight_scale).T
     return reference.epilogue(y, bias, output_rotation, dtype)
+
+
+BACKEND = Backend(matmul)

@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from openpi_duquant import packing
 from openpi_duquant import quant
 from openpi_duquant import transforms
+from openpi_duquant.kernels.backend import Backend
 from openpi_duquant.profiling import span
 
 
@@ -117,30 +118,21 @@ def epilogue(y: Tensor, bias: Tensor | None, output_rotation: transforms.Rotatio
 def matmul(
     a: Tensor,
     act_scale: Tensor | None,
-    weight_packed: Tensor,
+    weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     output_rotation: transforms.Rotation,
     dtype: torch.dtype,
+    row_sum: Tensor | None = None,
 ) -> Tensor:
-    """y = (a . weight) * act_scale * weight_scale, restored, plus bias.
-
-    Args:
-        a: [M, K] int8 codes; or floating point, when act_scale is None (weights only).
-        act_scale: [M, 1] fp32, or None.
-        weight_packed: [N, K/2] uint8 (int4) or [N, K] int8, see `packing`.
-        weight_scale: [N, G] fp32.
-        bias: [N], or None.
-        output_rotation: Rotation that restores the output, see `transforms.Rotation`.
-        dtype: Type of the result.
-
-    Returns:
-        [M, N] dtype.
-    """
+    """As `backend.Matmul`, by its definition; the weight is the canonical one, the sums are not used."""
     with span("matmul", a):
-        weight = packing.unpack(weight_packed)
+        codes = packing.unpack(weight)
         if act_scale is None:
-            y = a.float() @ quant.dequantize_weight(weight, weight_scale).T
+            y = a.float() @ quant.dequantize_weight(codes, weight_scale).T
         else:
-            y = accumulate(a, weight, weight_scale, 4 if weight_packed.dtype == torch.uint8 else 8) * act_scale
+            y = accumulate(a, codes, weight_scale, 4 if weight.dtype == torch.uint8 else 8) * act_scale
     return epilogue(y, bias, output_rotation, dtype)
+
+
+BACKEND = Backend(matmul)

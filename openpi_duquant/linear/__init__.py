@@ -3,6 +3,7 @@
 from openpi_duquant.linear.module import QuantLinear
 from openpi_duquant.linear.module import name_layers
 from openpi_duquant.linear.module import shared_forward
+from openpi_duquant.linear.prepare import prepare_
 from openpi_duquant.linear.quantize import plan_layers
 from openpi_duquant.linear.quantize import quantize_
 from openpi_duquant.linear.quantize import quantize_group
@@ -14,6 +15,7 @@ __all__ = [
     "QuantLinear",
     "name_layers",
     "plan_layers",
+    "prepare_",
     "quantize_",
     "quantize_group",
     "select_linears",

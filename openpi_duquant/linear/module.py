@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,20 @@ from openpi_duquant.profiling import in_layer
 from openpi_duquant.profiling import span
 
 
+class QuantizedInput(NamedTuple):
+    """An activation as a backend takes it.
+
+    Attributes:
+        a: [M, K] int8 codes; weights only: fp32.
+        act_scale: [M, 1] fp32; weights only: None.
+        row_sum: [M, 1] int32, sums of the codes, where the backend of the layer that made it uses them.
+    """
+
+    a: Tensor
+    act_scale: Tensor | None = None
+    row_sum: Tensor | None = None
+
+
 class QuantLinear(nn.Module):
     """y = x W^T + b with W in `weight_packed` and `weight_scale`, x permuted, rotated and rounded per token.
 
@@ -24,7 +39,8 @@ class QuantLinear(nn.Module):
 
     Args:
         spec: The layer.
-        backend: A name that `kernels.resolve` knows.
+        backend: A name that `kernels.resolve` knows. What it stands for is chosen once the tensors are on their device:
+            by `prepare`, by a move to a GPU, or at the first use.
         dtype: Floating-point type the host computes in.
         device: Where the (uninitialised) tensors are made; "meta" for none.
 
@@ -45,7 +61,9 @@ class QuantLinear(nn.Module):
         self.in_features = spec.in_features
         self.out_features = spec.out_features
         self.dtype = dtype
-        self.backend = kernels.resolve(backend)
+        kernels.check_name(backend)
+        self.backend = backend
+        self.running: str | None = None
         tensors = dict.fromkeys((*SHARED_TENSORS, "output_rotation", "bias")) | spec.tensors()
         if spec.bias:
             tensors["bias"] = dtype, (spec.out_features,)
@@ -58,14 +76,53 @@ class QuantLinear(nn.Module):
         return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":  # noqa: FBT001, FBT002
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight_scale.device))
+        changes = (probe.dtype, probe.device) != (self.dtype, self.weight_scale.device)
+        if changes:
+            self._release()
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             moved = getattr(self, name)
             if moved.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(moved.device))
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_scale.device)).dtype
+        self.dtype = probe.dtype
+        if changes and probe.is_cuda:
+            self.prepare()
         return self
+
+    def prepare(self) -> None:
+        """Chooses the backend for the device that the tensors are on and repacks the weight for it, in its place.
+
+        Raises:
+            DuQuantError: If the backend asked for cannot run; says every reason.
+        """
+        if self.running is None:
+            problem = self.spec.problem(self.dtype)
+            self.running = kernels.resolve(self.backend, problem, self.weight_packed.device)
+            self.weight_packed = kernels.BACKENDS[self.running].repack(problem, self.weight_packed)
+
+    def _canonical_weight(self) -> Tensor:
+        if self.running is None:
+            return self.weight_packed
+        return kernels.BACKENDS[self.running].canonical(self.spec.problem(self.dtype), self.weight_packed)
+
+    def _release(self) -> None:
+        """Undoes `prepare`."""
+        self.weight_packed, self.running = self._canonical_weight(), None
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, *args: object) -> None:
+        super()._save_to_state_dict(destination, prefix, *args)
+        destination[prefix + "weight_packed"] = self._canonical_weight()
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        self._release()
+        super()._load_from_state_dict(*args)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        if self.running is not None:  # in a new process its kernels are not loaded yet
+            kernels.resolve(self.running, self.spec.problem(self.dtype), self.weight_packed.device)
 
     @property
     def transform(self) -> transforms.Transform:
@@ -78,26 +135,34 @@ class QuantLinear(nn.Module):
         """The rotation that restores the output."""
         return _rotation(self.spec.output_rotation, self.spec.output_rotation_block, self.output_rotation)
 
-    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Transforms x [..., K] and rounds it: codes [M, K] int8 and act_scale [M, 1]; weights only: fp32 and None."""
+    def quantize_input(self, x: Tensor) -> QuantizedInput:
+        """Transforms x [..., K] and rounds it, once for all layers that share it."""
+        if self.running is None:
+            self.prepare()
         x = x.reshape(-1, self.in_features)
         with _full_precision(x):
             if self.spec.activation_bits == 16:
                 with span("input_transform", x):
-                    return self.transform.apply(x.float()), None
-            return reference.transform_and_quantize(x, self.transform)
+                    return QuantizedInput(self.transform.apply(x.float()))
+            codes, scale = reference.transform_and_quantize(x, self.transform)
+        if kernels.BACKENDS[self.running].wants_row_sum(self.spec.problem(self.dtype)):
+            return QuantizedInput(codes, scale, codes.sum(1, keepdim=True, dtype=torch.int32))
+        return QuantizedInput(codes, scale)
 
-    def matmul(self, a: Tensor, act_scale: Tensor | None, like: Tensor) -> Tensor:
+    def matmul(self, quantized: QuantizedInput, like: Tensor) -> Tensor:
         """The product with what `quantize_input(like)` returned: [..., N], the dtype of `like` [..., K]."""
+        if self.running is None:
+            self.prepare()
+        a, act_scale, row_sum = quantized
         with _full_precision(a):
-            y = kernels.BACKENDS[self.backend](
-                a, act_scale, self.weight_packed, self.weight_scale, self.bias, self.restore, like.dtype
+            y = kernels.BACKENDS[self.running].matmul(
+                a, act_scale, self.weight_packed, self.weight_scale, self.bias, self.restore, like.dtype, row_sum
             )
         return y.reshape(*like.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K], floating point -> [..., N], the same dtype."""
-        return self.matmul(*self.quantize_input(x), x)
+        return self.matmul(self.quantize_input(x), x)
 
     def extra_repr(self) -> str:
         """As nn.Linear's, with bits, transforms and backend."""
@@ -105,7 +170,7 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={spec.in_features}, out_features={spec.out_features}, bias={spec.bias}, "
             f"W{spec.weight_bits}A{spec.activation_bits}, permute={spec.permute}, rotation={spec.rotation} "
-            f"{spec.rotation_block}, backend={self.backend}"
+            f"{spec.rotation_block}, backend={self.running or self.backend}"
         )
 
 
@@ -151,7 +216,7 @@ def shared_forward(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     Returns:
         [..., N_i] for every layer.
     """
-    quantized: dict[str, tuple[Tensor, Tensor | None]] = {}
+    quantized: dict[str, QuantizedInput] = {}
     outputs = []
     for layer in layers:
         if not isinstance(layer, QuantLinear):
@@ -159,5 +224,5 @@ def shared_forward(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
             continue
         if layer.spec.group not in quantized:
             quantized[layer.spec.group] = layer.quantize_input(x)
-        outputs.append(layer.matmul(*quantized[layer.spec.group], x))
+        outputs.append(layer.matmul(quantized[layer.spec.group], x))
     return outputs

@@ -4,6 +4,8 @@ import dataclasses
 
 import torch
 
+from openpi_duquant.kernels import Problem
+
 SHARED_TENSORS = ("pre_rotation", "permutation", "rotation")
 """Tensors that the layers of one group have in common."""
 
@@ -61,3 +63,17 @@ class LayerSpec:
             b = self.output_rotation_block
             tensors["output_rotation"] = torch.bfloat16, (n // b, b, b)
         return tensors
+
+    def problem(self, dtype: torch.dtype) -> Problem:
+        """What a backend is told of the layer, in a host that computes in `dtype`."""
+        restored = self.output_rotation in ("hadamard", "matrix")
+        return Problem(
+            out_features=self.out_features,
+            in_features=self.in_features,
+            weight_bits=self.weight_bits,
+            activation_bits=self.activation_bits,
+            scale_groups=self.in_features // (self.group_size or self.in_features),
+            output_rotation=self.output_rotation if restored else "none",
+            output_block=self.output_rotation_block if restored else 0,
+            dtype=dtype,
+        )

@@ -10,7 +10,6 @@ from torch import Tensor
 from openpi_duquant import kernels
 from openpi_duquant import packing
 from openpi_duquant import transforms
-from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import reference
 
 BACKENDS = ("reference", "fake")
@@ -73,7 +72,7 @@ def test_matmul_is_the_integer_product_scaled_restored_and_shifted(
         exact, magnitude = exact + shift.double().numpy(), magnitude + abs(shift.double().numpy())
 
     packed = packing.pack(weight, bits)
-    y = kernels.BACKENDS[backend](a, act_scale, packed, weight_scale, shift, output_rotation, torch.float32)
+    y = kernels.BACKENDS[backend].matmul(a, act_scale, packed, weight_scale, shift, output_rotation, torch.float32)
     assert y.dtype == torch.float32
     assert y.shape == (m, n)
     assert (abs(y.double().numpy() - exact) <= 1e-6 * magnitude).all()
@@ -86,7 +85,7 @@ def test_the_output_is_rounded_once_to_its_type(backend: str, dtype: torch.dtype
     a, weight = codes(-127, 128, 5, 64), codes(-8, 8, 6, 64)
     scale, shift = torch.rand(6, 1) / 100, torch.randn(6)
     exact = as_int64(a) @ as_int64(weight).T * scale.double().numpy().T + shift.double().numpy()
-    y = kernels.BACKENDS[backend](a, torch.ones(5, 1), packing.pack(weight, 4), scale, shift, None, dtype)
+    y = kernels.BACKENDS[backend].matmul(a, torch.ones(5, 1), packing.pack(weight, 4), scale, shift, None, dtype)
     assert y.dtype == dtype
     half_ulp = torch.finfo(dtype).eps / 2
     assert (abs(y.double().numpy() - exact) <= half_ulp * abs(exact) + 2e-5).all()
@@ -105,7 +104,7 @@ def test_without_an_activation_scale_only_weights_are_integers(
     scales = np.repeat(weight_scale.double().numpy(), 96 // groups, axis=1)
     values = as_int64(weight) * scales
     exact = x.double().numpy() @ values.T + shift.double().numpy()
-    y = kernels.BACKENDS[backend](x, None, packing.pack(weight, bits), weight_scale, shift, None, torch.float32)
+    y = kernels.BACKENDS[backend].matmul(x, None, packing.pack(weight, bits), weight_scale, shift, None, torch.float32)
     assert (abs(y.double().numpy() - exact) <= 1e-6 * (abs(x.double().numpy()) @ abs(values.T) + 10)).all()
 
 
@@ -132,7 +131,7 @@ def test_accumulators_of_random_codes_are_exact(k: int) -> None:
 def test_a_row_of_extremes_as_wide_as_pi05_is_exact(backend: str, sign: int) -> None:
     a = torch.full((3, 16384), 127 * sign, dtype=torch.int8)
     packed = torch.full((5, 8192), 0x88, dtype=torch.uint8)  # -8, -8
-    y = kernels.BACKENDS[backend](a, torch.ones(3, 1), packed, torch.ones(5, 1), None, None, torch.float32)
+    y = kernels.BACKENDS[backend].matmul(a, torch.ones(3, 1), packed, torch.ones(5, 1), None, None, torch.float32)
     assert y.tolist() == [[-8.0 * 127 * sign * 16384] * 5] * 3
 
 
@@ -141,7 +140,7 @@ def test_a_row_of_extremes_as_wide_as_pi05_is_exact(backend: str, sign: int) -> 
 def test_no_tokens_give_no_rows(backend: str, groups: int) -> None:
     packed = torch.zeros(5, 8, dtype=torch.uint8)
     a, act_scale = torch.zeros(0, 16, dtype=torch.int8), torch.ones(0, 1)
-    y = kernels.BACKENDS[backend](a, act_scale, packed, torch.ones(5, groups), None, None, torch.float32)
+    y = kernels.BACKENDS[backend].matmul(a, act_scale, packed, torch.ones(5, groups), None, None, torch.float32)
     assert y.shape == (0, 5)
 
 
@@ -158,7 +157,7 @@ def test_meta_tensors_give_shape_and_dtype(
         a, act_scale = torch.empty(3, 32, dtype=torch.int8), torch.empty(3, 1)
         if activation_bits == 16:
             a, act_scale = torch.empty(3, 32), None
-        y = kernels.BACKENDS[backend](
+        y = kernels.BACKENDS[backend].matmul(
             a, act_scale, packed, torch.empty(12, groups), torch.empty(12), rotation, torch.half
         )
     assert (y.shape, y.dtype, y.device.type) == ((3, 12), torch.half, "meta")
@@ -177,13 +176,3 @@ def test_an_activation_is_transformed_in_fp32_before_it_is_rounded(rotation: str
     assert (steps.dtype, scale.dtype) == (torch.int8, torch.float32)
     torch.testing.assert_close(scale.double(), exact.abs().amax(1, keepdim=True) / 127, rtol=1e-6, atol=0)
     assert ((steps * scale.double() - exact).abs() <= 0.5001 * scale).all()
-
-
-@pytest.mark.parametrize(("name", "chosen"), [("auto", "reference"), ("reference", "reference"), ("fake", "fake")])
-def test_a_known_backend_is_resolved(name: str, chosen: str) -> None:
-    assert kernels.resolve(name) == chosen
-
-
-def test_an_unknown_backend_lists_those_there_are() -> None:
-    with pytest.raises(DuQuantError, match=r"'cutlass'.*auto.*reference.*fake"):
-        kernels.resolve("cutlass")

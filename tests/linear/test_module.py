@@ -165,6 +165,8 @@ def test_copies_compute_alike() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch.compile's own
 def test_compiled_equals_eager() -> None:
     layers = [filled(SPECS[name]) for name in ("default", "everything", "A16")]
+    for layer in layers:
+        layer.prepare()
 
     def host(x: Tensor) -> list[Tensor]:
         return [layer(x.to(layer.weight.dtype) * 2) + 1 for layer in layers]
@@ -176,7 +178,8 @@ def test_compiled_equals_eager() -> None:
 
 def test_the_backend_named_runs_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, name in enumerate(("reference", "fake")):
-        monkeypatch.setitem(kernels.BACKENDS, name, lambda *_, value=value: torch.full((2, N), value))
+        constant = kernels.Backend(lambda *_, value=value: torch.full((2, N), value))
+        monkeypatch.setitem(kernels.BACKENDS, name, constant)
         assert (filled(PLAIN, name)(torch.ones(2, K)) == value).all()
     with pytest.raises(DuQuantError, match="'cutlass'"):
         QuantLinear(PLAIN, backend="cutlass")
