@@ -10,6 +10,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import bitblas
 from openpi_duquant.kernels import fake
 from openpi_duquant.kernels import reference
+from openpi_duquant.kernels import triton_matmul
 from openpi_duquant.kernels.backend import Backend
 from openpi_duquant.kernels.backend import Problem
 
@@ -17,9 +18,14 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["AUTO", "BACKENDS", "Backend", "Problem", "check_name", "load", "resolve"]
 
-BACKENDS: dict[str, Backend] = {"bitblas": bitblas.BACKEND, "reference": reference.BACKEND, "fake": fake.BACKEND}
+BACKENDS: dict[str, Backend] = {
+    "triton": triton_matmul.BACKEND,
+    "bitblas": bitblas.BACKEND,
+    "reference": reference.BACKEND,
+    "fake": fake.BACKEND,
+}
 
-AUTO = ("bitblas", "reference")
+AUTO = ("triton", "bitblas", "reference")
 """What `auto` tries, fastest first; `fake` simulates, and runs only when it is named."""
 
 

@@ -97,6 +97,7 @@ class Backend:
         repack: From the canonical weight (see `packing`) to the one that `matmul` takes.
         canonical: Inverse of `repack`.
         wants_row_sum: Whether `matmul` of this problem uses the sums of the codes.
+        adds_residual: Whether `matmul` also takes `residual` [M, N] and `gate` [N], for residual + gate * y.
     """
 
     matmul: Matmul
@@ -105,3 +106,4 @@ class Backend:
     repack: Callable[[Problem, Tensor], Tensor] = _as_it_is
     canonical: Callable[[Problem, Tensor], Tensor] = _as_it_is
     wants_row_sum: Callable[[Problem], bool] = _never
+    adds_residual: bool = False

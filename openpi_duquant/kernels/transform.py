@@ -8,6 +8,7 @@ from torch import Tensor
 
 from openpi_duquant import transforms
 from openpi_duquant.kernels import reference
+from openpi_duquant.profiling import span
 
 ROTATION_BLOCKS = (16, 32, 64, 128)
 """Sizes of rotation blocks that the kernels take."""
@@ -46,9 +47,9 @@ def fused_transform(
         return reference.fused_transform(x, transform, prologue)
     rotation = transform.rotation
     hadamard, matrices = (rotation, None) if isinstance(rotation, int) else (0, rotation)
-    return torch.ops.openpi_duquant.fused_transform(
-        x, prologue.scale, prologue.shift, transform.permutation, matrices, hadamard, prologue.geglu, prologue.norm
-    )
+    tensors = prologue.scale, prologue.shift, transform.permutation, matrices
+    with span("input_transform", x):
+        return torch.ops.openpi_duquant.fused_transform(x, *tensors, hadamard, prologue.geglu, prologue.norm)
 
 
 torch.library.define(

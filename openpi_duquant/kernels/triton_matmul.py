@@ -1,27 +1,49 @@
 """The `triton` backend: this project's own W4A8 and W8A8 matmul, everything up to the residual in one launch."""
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from openpi_duquant import packing
 from openpi_duquant import transforms
 from openpi_duquant.kernels import tiles
+from openpi_duquant.kernels.backend import Backend
+from openpi_duquant.kernels.backend import Problem
 
 LARGEST_BLOCK = 128
 """Of an output rotation: a block must fit into a tile."""
 
 
-def repack(weight: Tensor) -> Tensor:
+def can_run(problem: Problem, device: torch.device) -> tuple[bool, list[str]]:
+    """See `Backend.can_run`."""
+    reasons = []
+    if problem.activation_bits != 8:
+        reasons.append(f"it has no W{problem.weight_bits}A{problem.activation_bits}")
+    if problem.scale_groups > 1:
+        reasons.append("it has one weight scale a row, the layer has a group_size")
+    if problem.output_block > LARGEST_BLOCK:
+        reasons.append(f"it restores output blocks of at most {LARGEST_BLOCK}, the layer's are {problem.output_block}")
+    if device.type != "cuda":
+        reasons.append(f"it needs a CUDA device, not {device.type}")
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        reasons.append(f"it needs sm_80 or later, {torch.cuda.get_device_name(device)} is older")
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed (pip install triton)")
+    return not reasons, reasons
+
+
+def repack(problem: Problem, weight: Tensor) -> Tensor:
     """From the canonical int4 weight (channels 2 j and 2 j + 1 in byte j) to channels j and j + K/2; int8 as it is."""
-    if weight.dtype == torch.int8:
+    if problem.weight_bits == 8:
         return weight
     low, high = packing.unpack(weight).view(torch.uint8).chunk(2, dim=1)
     return (low & 0xF) | (high << 4)
 
 
-def canonical(weight: Tensor) -> Tensor:
+def canonical(problem: Problem, weight: Tensor) -> Tensor:
     """Inverse of `repack`."""
-    if weight.dtype == torch.int8:
+    if problem.weight_bits == 8:
         return weight
     low, high = (weight << 4).view(torch.int8) >> 4, weight.view(torch.int8) >> 4
     return packing.pack(torch.cat((low, high), dim=1), bits=4)
@@ -29,31 +51,21 @@ def canonical(weight: Tensor) -> Tensor:
 
 def matmul(
     a: Tensor,
-    act_scale: Tensor,
+    act_scale: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     output_rotation: transforms.Rotation,
     dtype: torch.dtype,
+    row_sum: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """y = (a . weight) * act_scale * weight_scale, restored, plus bias; or residual + gate * y, rounded once.
+    """As `backend.Matmul`, in one launch, and rounded once; the sums are not used.
 
-    Args:
-        a: [M, K] int8 codes, on a CUDA device.
-        act_scale: [M, 1] fp32.
-        weight: What `repack` made.
-        weight_scale: [N, 1] fp32.
-        bias: [N], or None.
-        output_rotation: See `transforms.Rotation`; blocks of at most `LARGEST_BLOCK`.
-        dtype: bf16, fp16 or fp32.
-        residual: [M, N], or None.
-        gate: [N], or None for ones.
-
-    Returns:
-        [M, N] dtype.
+    With a residual [M, N] the result is residual + gate * y, the gate [N] or, where there is none, ones.
     """
+    del row_sum
     hadamard, matrices = (output_rotation, None) if isinstance(output_rotation, int) else (0, output_rotation)
     return torch.ops.openpi_duquant.triton_matmul(
         a, act_scale, weight, weight_scale, bias, matrices, hadamard, residual, gate, dtype
@@ -84,3 +96,6 @@ def _on_gpu(a: Tensor, act_scale: Tensor, weight: Tensor, *operands: object) -> 
     out = a.new_empty(m, n, dtype=dtype)
     matmul_triton.launch(out, a, act_scale, weight, *rest, tile)
     return out
+
+
+BACKEND = Backend(matmul, can_run, repack=repack, canonical=canonical, adds_residual=True)

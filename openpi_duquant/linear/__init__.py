@@ -1,6 +1,8 @@
 """Quantized linear layers: their description, the module, the choice of layers, and `quantize_`."""
 
+from openpi_duquant.linear.merge import merge_
 from openpi_duquant.linear.module import QuantLinear
+from openpi_duquant.linear.module import apply_linear
 from openpi_duquant.linear.module import name_layers
 from openpi_duquant.linear.module import shared_forward
 from openpi_duquant.linear.prepare import prepare_
@@ -13,6 +15,8 @@ from openpi_duquant.linear.spec import LayerSpec
 __all__ = [
     "LayerSpec",
     "QuantLinear",
+    "apply_linear",
+    "merge_",
     "name_layers",
     "plan_layers",
     "prepare_",

@@ -10,7 +10,9 @@ from torch import nn
 
 from openpi_duquant import kernels
 from openpi_duquant import transforms
-from openpi_duquant.kernels import reference
+from openpi_duquant.kernels.reference import NO_PROLOGUE
+from openpi_duquant.kernels.reference import Prologue
+from openpi_duquant.kernels.transform import fused_transform
 from openpi_duquant.linear.spec import SHARED_TENSORS
 from openpi_duquant.linear.spec import LayerSpec
 from openpi_duquant.profiling import in_layer
@@ -23,7 +25,7 @@ class QuantizedInput(NamedTuple):
     Attributes:
         a: [M, K] int8 codes; weights only: fp32.
         act_scale: [M, 1] fp32; weights only: None.
-        row_sum: [M, 1] int32, sums of the codes, where the backend of the layer that made it uses them.
+        row_sum: [M, 1] int32, sums of the codes; weights only: None.
     """
 
     a: Tensor
@@ -135,30 +137,36 @@ class QuantLinear(nn.Module):
         """The rotation that restores the output."""
         return _rotation(self.spec.output_rotation, self.spec.output_rotation_block, self.output_rotation)
 
-    def quantize_input(self, x: Tensor) -> QuantizedInput:
-        """Transforms x [..., K] and rounds it, once for all layers that share it."""
+    def quantize_input(self, x: Tensor, prologue: Prologue = NO_PROLOGUE) -> QuantizedInput:
+        """Prologue, transform and rounding of x [..., K], once for all layers that share it."""
         if self.running is None:
             self.prepare()
-        x = x.reshape(-1, self.in_features)
+        x = x.reshape(-1, x.shape[-1])
         with _full_precision(x):
-            if self.spec.activation_bits == 16:
-                with span("input_transform", x):
-                    return QuantizedInput(self.transform.apply(x.float()))
-            codes, scale = reference.transform_and_quantize(x, self.transform)
-        if kernels.BACKENDS[self.running].wants_row_sum(self.spec.problem(self.dtype)):
-            return QuantizedInput(codes, scale, codes.sum(1, keepdim=True, dtype=torch.int32))
-        return QuantizedInput(codes, scale)
+            if self.spec.activation_bits == 8:
+                return QuantizedInput(*fused_transform(x, self.transform, prologue))
+            with span("input_transform", x):
+                return QuantizedInput(self.transform.apply(prologue.apply(x).float()))
 
-    def matmul(self, quantized: QuantizedInput, like: Tensor) -> Tensor:
-        """The product with what `quantize_input(like)` returned: [..., N], the dtype of `like` [..., K]."""
+    def matmul(
+        self, quantized: QuantizedInput, like: Tensor, residual: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        """The product with what `quantize_input(like)` returned: [..., N], the dtype of `like` [..., K].
+
+        With a residual [..., N] it is residual + y, or residual + gate * y with a gate [N].
+        """
         if self.running is None:
             self.prepare()
+        backend = kernels.BACKENDS[self.running]
         a, act_scale, row_sum = quantized
+        added = {}
+        if residual is not None and backend.adds_residual:
+            added = {"residual": residual.reshape(len(a), self.out_features), "gate": gate}
+        weight = self.weight_packed, self.weight_scale
         with _full_precision(a):
-            y = kernels.BACKENDS[self.running].matmul(
-                a, act_scale, self.weight_packed, self.weight_scale, self.bias, self.restore, like.dtype, row_sum
-            )
-        return y.reshape(*like.shape[:-1], self.out_features)
+            y = backend.matmul(a, act_scale, *weight, self.bias, self.restore, like.dtype, row_sum, **added)
+        y = y.reshape(*like.shape[:-1], self.out_features)
+        return y if added else add_residual(y, residual, gate)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K], floating point -> [..., N], the same dtype."""
@@ -206,23 +214,53 @@ def name_layers(model: nn.Module) -> None:
             layer.matmul = in_layer(name, layer.matmul)
 
 
-def shared_forward(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+def add_residual(y: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
+    """residual + gate * y; what is None is left out."""
+    y = y if gate is None else y * gate
+    return y if residual is None else residual + y
+
+
+def apply_linear(
+    layer: nn.Module,
+    x: Tensor,
+    prologue: Prologue = NO_PROLOGUE,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """residual + gate * layer(prologue(x)), in as few launches as the layer's backend can; what is None is left out.
+
+    Args:
+        layer: nn.Linear or QuantLinear.
+        x: [..., K], or [..., 2 K] for GeGLU, floating point.
+        prologue: What is done to x first.
+        residual: [..., N].
+        gate: [N], of the dtype of x.
+    """
+    if isinstance(layer, QuantLinear):
+        return layer.matmul(layer.quantize_input(x, prologue), x, residual, gate)
+    return add_residual(layer(prologue.apply(x)), residual, gate)
+
+
+def shared_forward(layers: Sequence[nn.Module], x: Tensor, prologue: Prologue = NO_PROLOGUE) -> list[Tensor]:
     """Outputs of layers that read one input; it is transformed and rounded once for those that share a group.
 
     Args:
         layers: nn.Linear or QuantLinear.
         x: [..., K], floating point.
+        prologue: What is done to x first.
 
     Returns:
         [..., N_i] for every layer.
     """
     quantized: dict[str, QuantizedInput] = {}
+    floating = None
     outputs = []
     for layer in layers:
         if not isinstance(layer, QuantLinear):
-            outputs.append(layer(x))
+            floating = prologue.apply(x) if floating is None else floating
+            outputs.append(layer(floating))
             continue
         if layer.spec.group not in quantized:
-            quantized[layer.spec.group] = layer.quantize_input(x)
+            quantized[layer.spec.group] = layer.quantize_input(x, prologue)
         outputs.append(layer.matmul(quantized[layer.spec.group], x))
     return outputs

@@ -7,6 +7,7 @@ from torch import Tensor
 from openpi_duquant import packing
 from openpi_duquant.kernels import tiles
 from openpi_duquant.kernels import triton_matmul
+from openpi_duquant.kernels.backend import Problem
 from openpi_duquant.kernels.tiles import Tile
 
 GPU = torch.cuda.is_available()
@@ -14,6 +15,11 @@ DEVICE = "cuda" if GPU else "cpu"
 SHAPES = [(1, 64, 16), (3, 192, 40), (17, 200, 64), (33, 96, 136)]
 SMALL = Tile(16, 32, 32, 2, 4, 2)
 INT8_SMALL = Tile(16, 32, 64, 1, 4, 2)
+
+
+def problem(bits: int) -> Problem:
+    """A layer with weights of that many bits."""
+    return Problem(64, 64, bits, 8, 1, "none", 0, torch.bfloat16)
 
 
 def operands(m: int, k: int, n: int, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -29,7 +35,7 @@ def run(a: Tensor, w: Tensor, bits: int, scales: tuple[Tensor, Tensor], dtype: t
     from openpi_duquant.kernels import matmul_triton  # noqa: PLC0415
 
     out = torch.full((len(a), len(w)), torch.nan, dtype=dtype, device=DEVICE)
-    weight = triton_matmul.repack(packing.pack(w.to(torch.int8), bits))
+    weight = triton_matmul.repack(problem(bits), packing.pack(w.to(torch.int8), bits))
     options = dict.fromkeys(("bias", "matrices", "residual", "gate")) | {"hadamard": 0} | given
     tile = SMALL if bits == 4 else INT8_SMALL
     matmul_triton.launch(out, a.to(torch.int8), scales[0], weight, scales[1], tile=tile, interpreted=not GPU, **options)
@@ -40,12 +46,13 @@ def run(a: Tensor, w: Tensor, bits: int, scales: tuple[Tensor, Tensor], dtype: t
 def test_repacking_keeps_every_code(bits: int) -> None:
     low = -(2 ** (bits - 1))
     packed = packing.pack(torch.randint(low, -low, (5, 24)).to(torch.int8), bits)
-    assert torch.equal(triton_matmul.canonical(triton_matmul.repack(packed)), packed)
+    repacked = triton_matmul.repack(problem(bits), packed)
+    assert torch.equal(triton_matmul.canonical(problem(bits), repacked), packed)
 
 
 def test_a_repacked_byte_holds_channels_half_a_row_apart() -> None:
     codes = torch.tensor([[-8, 1, 2, 3, 4, 5, 6, 7]], dtype=torch.int8)
-    assert triton_matmul.repack(packing.pack(codes, 4)).tolist() == [[0x48, 0x51, 0x62, 0x73]]
+    assert triton_matmul.repack(problem(4), packing.pack(codes, 4)).tolist() == [[0x48, 0x51, 0x62, 0x73]]
 
 
 @pytest.mark.triton

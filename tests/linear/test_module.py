@@ -195,7 +195,7 @@ def test_shared_forward_equals_calls_and_quantizes_once_a_group(monkeypatch: pyt
     expected = [layer(x) for layer in layers]
     calls = []
     original = QuantLinear.quantize_input
-    monkeypatch.setattr(QuantLinear, "quantize_input", lambda self, y: calls.append(self) or original(self, y))
+    monkeypatch.setattr(QuantLinear, "quantize_input", lambda self, *args: calls.append(self) or original(self, *args))
     outputs = shared_forward(layers, x)
     assert calls == [first, apart]
     for output, wanted in zip(outputs, expected, strict=True):

@@ -1,0 +1,116 @@
+"""Rotary embedding and attention of many query heads over one key/value head; on a GPU one launch each."""
+
+import torch
+from torch import Tensor
+import torch.nn.functional as F  # noqa: N812
+
+
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries and keys, rotated (Su et al. 2021, arXiv:2104.09864): x * cos + (-second half, first half) * sin.
+
+    Args:
+        qkv: [B, S, (H + 2) D]: H query heads, one key head, one value head.
+        cos: [B, S, D].
+        sin: [B, S, D].
+
+    Returns:
+        [B, S, H + 1, D], the keys last.
+    """
+    if _on_gpu(qkv):
+        return torch.ops.openpi_duquant.rotary(qkv, cos, sin)
+    heads = qkv.unflatten(-1, (-1, cos.shape[-1]))[:, :, :-1]
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos.unsqueeze(2) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(2)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    own: tuple[Tensor, Tensor] | None = None,
+    *,
+    state_first: bool = False,
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over the visible keys, and over the queries' own keys where there are any.
+
+    Args:
+        q: [B, S, H, D].
+        k: [B, T, D].
+        v: [B, T, D].
+        visible: [B, T] bool, the keys that may be looked at; None for all.
+        own: Keys and values [B, S, D] that come after these, all visible.
+        state_first: The first query looks at no own key but the first.
+
+    Returns:
+        [B, S, H * D].
+    """
+    if _on_gpu(q):
+        own_k, own_v = own if own is not None else (None, None)
+        return torch.ops.openpi_duquant.attend(q, k, v, visible, own_k, own_v, state_first).flatten(2)
+    batch, length, heads, _ = q.shape
+    mask = None if visible is None or visible.all() else visible[:, None, None, :].expand(-1, 1, length, -1)
+    if own is not None:
+        mask = _with_own(mask, (batch, length, k.shape[1]), q.device, state_first=state_first)
+        k, v = torch.cat((k, own[0]), dim=1), torch.cat((v, own[1]), dim=1)
+    k, v = (x.unsqueeze(1).expand(-1, heads, -1, -1) for x in (k, v))
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def _with_own(
+    mask: Tensor | None, shape: tuple[int, int, int], device: torch.device, *, state_first: bool
+) -> Tensor | None:
+    """The mask [B, 1, S, T + S] of visible keys and own keys; None if nothing is hidden."""
+    batch, length, keys = shape
+    if mask is None and not state_first:
+        return None
+    if mask is None:
+        mask = torch.ones(batch, 1, length, keys, dtype=torch.bool, device=device)
+    own = torch.ones(length, length, dtype=torch.bool, device=device)
+    if state_first:
+        own[0, 1:] = False
+    return torch.cat((mask, own.expand(batch, 1, -1, -1)), dim=3)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether the kernels take it: 16 bits, a head size that is a power of two (checked by the caller's shapes)."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+torch.library.define("openpi_duquant::rotary", "(Tensor qkv, Tensor cos, Tensor sin) -> Tensor")
+torch.library.define(
+    "openpi_duquant::attend",
+    "(Tensor q, Tensor k, Tensor v, Tensor? visible, Tensor? own_k, Tensor? own_v, bool state_first) -> Tensor",
+)
+
+
+@torch.library.register_fake("openpi_duquant::rotary")
+def _rotary_fake(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    del sin
+    batch, length, width = qkv.shape
+    return qkv.new_empty(batch, length, width // cos.shape[-1] - 1, cos.shape[-1])
+
+
+@torch.library.impl("openpi_duquant::rotary", "CUDA")
+def _rotary_on_gpu(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415  triton is there where CUDA is
+
+    rotated = _rotary_fake(qkv, cos, sin)
+    attention_triton.launch_rotary(rotated, qkv.contiguous(), cos.contiguous(), sin.contiguous())
+    return rotated
+
+
+@torch.library.register_fake("openpi_duquant::attend")
+def _attend_fake(q: Tensor, *operands: object) -> Tensor:
+    del operands
+    return q.new_empty(q.shape)
+
+
+@torch.library.impl("openpi_duquant::attend", "CUDA")
+def _attend_on_gpu(q: Tensor, *operands: object) -> Tensor:
+    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415  triton is there where CUDA is
+
+    *tensors, state_first = operands
+    out = q.new_empty(q.shape)
+    attention_triton.launch_attend(out, q, *tensors, state_first=bool(state_first), exact=False)
+    return out

@@ -1,0 +1,128 @@
+"""The kernels of `attention`."""
+
+from torch import Tensor
+import triton
+import triton.language as tl
+
+
+def launch_rotary(rotated: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Fills rotated [B, S, H + 1, D] from qkv [B, S, (H + 2) D]; cos and sin [B, S, D], all contiguous."""
+    batch, length, heads, size = rotated.shape
+    _rotary[(batch * length,)](
+        rotated, qkv, cos, sin, HEADS=heads, PADDED=triton.next_power_of_2(heads), HALF=size // 2, num_warps=4
+    )
+
+
+@triton.jit
+def _rotary(
+    rotated_ptr, qkv_ptr, cos_ptr, sin_ptr, HEADS: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
+    """All heads of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    head, lane = tl.arange(0, PADDED)[:, None], tl.arange(0, HALF)[None, :]
+    known = head < HEADS
+    at = head * (2 * HALF) + lane
+    x_ptr = qkv_ptr + token * (HEADS + 1) * 2 * HALF + at
+    first = tl.load(x_ptr, mask=known, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + HALF, mask=known, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + token * 2 * HALF + lane).to(tl.float32)
+    sin = tl.load(sin_ptr + token * 2 * HALF + lane).to(tl.float32)
+    dtype = rotated_ptr.dtype.element_ty
+    out_ptr = rotated_ptr + token * HEADS * 2 * HALF + at
+    tl.store(out_ptr, (first * cos - second * sin).to(dtype), mask=known)
+    tl.store(out_ptr + HALF, (second * cos + first * sin).to(dtype), mask=known)
+
+
+def launch_attend(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    own_k: Tensor | None,
+    own_v: Tensor | None,
+    *,
+    state_first: bool,
+    exact: bool,
+) -> None:
+    """Fills out [B, S, H, D]; arguments as `attention.attend`. `exact` multiplies in fp32."""
+    batch, length, heads, size = q.shape
+    rows = length * heads
+    own = k if own_k is None else own_k, v if own_v is None else own_v
+    tile_rows = 16 if rows <= 256 else 64
+    _attend[(triton.cdiv(rows, tile_rows), batch)](
+        out, q, k, v, visible, *own, length, k.shape[1], 0 if own_k is None else own_k.shape[1],
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        own[0].stride(0), own[0].stride(1), own[1].stride(0), own[1].stride(1), size**-0.5 * 1.4426950408889634,
+        HEADS=heads, D=size, ROWS=tile_rows, KEYS=64 if tile_rows == 16 else 32, VISIBLE=visible is not None,
+        OWN=own_k is not None, STATE_FIRST=state_first, EXACT=exact,
+        num_warps=4 if tile_rows == 16 else 8, num_stages=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _attend_to(
+    q, query, k_ptr, v_ptr, visible_ptr, keys, k_stride, v_stride, best, total, sums,
+    D: tl.constexpr, KEYS: tl.constexpr, VISIBLE: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over one segment of keys (Milakov & Gimelshein 2018, arXiv:1805.02867)."""
+    lane = tl.arange(0, D)
+    for start in range(0, keys, KEYS):
+        key = start + tl.arange(0, KEYS)
+        known = key < keys
+        k = tl.load(k_ptr + key[:, None] * k_stride + lane[None, :], mask=known[:, None], other=0.0)
+        v = tl.load(v_ptr + key[:, None] * v_stride + lane[None, :], mask=known[:, None], other=0.0)
+        seen = known
+        if VISIBLE:
+            seen = known & (tl.load(visible_ptr + key, mask=known, other=0) != 0)
+        seen = seen[None, :] & (query[:, None] >= 0)
+        if STATE_FIRST:
+            seen = seen & ((query[:, None] > 0) | (key[None, :] == 0))
+        if EXACT:
+            scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
+        else:
+            scores = tl.dot(q, tl.trans(k))
+        scores = tl.where(seen, scores, float("-inf"))
+        highest = tl.maximum(best, tl.max(scores, 1))
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(best - shift)
+        total = total * decay + tl.sum(weights, 1)
+        if EXACT:
+            sums = sums * decay[:, None] + tl.dot(weights, v.to(tl.float32), input_precision="ieee")
+        else:
+            sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None])
+        best = highest
+    return best, total, sums
+
+
+@triton.jit
+def _attend(
+    out_ptr, q_ptr, k_ptr, v_ptr, visible_ptr, own_k_ptr, own_v_ptr, length, keys, own_keys,
+    q_batch, q_token, k_batch, k_token, v_batch, v_token, own_k_batch, own_k_token, own_v_batch, own_v_token, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, VISIBLE: tl.constexpr,
+    OWN: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Rows are pairs of a query and a head: all of them read the same keys and values."""
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    query, head, lane = row // HEADS, row % HEADS, tl.arange(0, D)
+    known = (query < length)[:, None]
+    at = query[:, None] * q_token + head[:, None] * D + lane[None, :]
+    q = tl.load(q_ptr + batch * q_batch + at, mask=known, other=0.0)
+    q = (q.to(tl.float32) * scale).to(q.dtype)
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, D), tl.float32)
+    best, total, sums = _attend_to(
+        q, query, k_ptr + batch * k_batch, v_ptr + batch * v_batch, visible_ptr + batch * keys if VISIBLE else visible_ptr, keys,
+        k_token, v_token, best, total, sums, D, KEYS, VISIBLE=VISIBLE, STATE_FIRST=False, EXACT=EXACT,
+    )  # fmt: skip
+    if OWN:
+        best, total, sums = _attend_to(
+            q, query, own_k_ptr + batch * own_k_batch, own_v_ptr + batch * own_v_batch, visible_ptr, own_keys,
+            own_k_token, own_v_token, best, total, sums, D, KEYS, VISIBLE=False, STATE_FIRST=STATE_FIRST, EXACT=EXACT,
+        )  # fmt: skip
+    y = sums / tl.where(total > 0, total, 1.0)[:, None]
+    out_at = ((batch * length + query[:, None]) * HEADS + head[:, None]) * D + lane[None, :]
+    tl.store(out_ptr + out_at, y.to(out_ptr.dtype.element_ty), mask=known)

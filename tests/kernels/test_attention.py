@@ -1,0 +1,124 @@
+"""Rotary embedding and attention against a walk through the formula in fp64; without a GPU, in the interpreter."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_duquant.kernels import attention
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPE = torch.bfloat16 if GPU else torch.float32
+TOLERANCE = 1e-2 if GPU else 1e-5
+
+
+def rotated_by_hand(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Channel by channel: pairs (i, i + D/2) turn together."""
+    size = cos.shape[-1]
+    heads = qkv.double().unflatten(-1, (-1, size))[:, :, :-1]
+    out = torch.empty_like(heads)
+    for i in range(size // 2):
+        j = i + size // 2
+        c, s = cos.double()[:, :, None], sin.double()[:, :, None]
+        out[..., i] = heads[..., i] * c[..., i] - heads[..., j] * s[..., i]
+        out[..., j] = heads[..., j] * c[..., j] + heads[..., i] * s[..., j]
+    return out
+
+
+def attended_by_hand(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, own: tuple[Tensor, Tensor] | None, *, state_first: bool
+) -> Tensor:
+    """One query and one head at a time."""
+    batch, length, heads, size = q.shape
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    for b in range(batch):
+        for s in range(length):
+            seen = range(k.shape[1]) if visible is None else visible[b].nonzero().flatten().tolist()
+            keys, values = list(k[b, list(seen)].double()), list(v[b, list(seen)].double())
+            if own is not None:
+                last = 1 if state_first and s == 0 else length
+                keys, values = keys + list(own[0][b, :last].double()), values + list(own[1][b, :last].double())
+            for h in range(heads):
+                scores = torch.stack([q[b, s, h].double() @ key / math.sqrt(size) for key in keys])
+                weights = scores.softmax(0)
+                out[b, s, h] = sum(weight * value for weight, value in zip(weights, values, strict=True))
+    return out.flatten(2)
+
+
+def random(*shape: int) -> Tensor:
+    """Standard normal."""
+    return torch.randn(*shape, device=DEVICE).to(DTYPE)
+
+
+def angles(batch: int, length: int, size: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of random angles, the same for both halves."""
+    angle = torch.rand(batch, length, size // 2, device=DEVICE).repeat(1, 1, 2) * 6
+    return angle.cos().to(DTYPE), angle.sin().to(DTYPE)
+
+
+@pytest.mark.parametrize("heads", [1, 8])
+def test_rotary_is_the_formula(heads: int) -> None:
+    torch.manual_seed(0)
+    qkv, (cos, sin) = random(2, 5, (heads + 2) * 16), angles(2, 5, 16)
+    expected = rotated_by_hand(qkv, cos, sin)
+    assert (attention.rotary(qkv, cos, sin).double() - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("heads", [1, 8])
+def test_the_rotary_kernel_is_the_formula(heads: int) -> None:
+    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    qkv, (cos, sin) = random(2, 5, (heads + 2) * 16), angles(2, 5, 16)
+    rotated = torch.full((2, 5, heads + 1, 16), torch.nan, device=DEVICE, dtype=DTYPE)
+    attention_triton.launch_rotary(rotated, qkv, cos, sin)
+    expected = rotated_by_hand(qkv, cos, sin)
+    assert (rotated.double() - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+CASES = [
+    pytest.param({"own": False, "visible": False, "state_first": False}, id="all"),
+    pytest.param({"own": False, "visible": True, "state_first": False}, id="masked"),
+    pytest.param({"own": True, "visible": False, "state_first": False}, id="own"),
+    pytest.param({"own": True, "visible": True, "state_first": False}, id="own masked"),
+    pytest.param({"own": True, "visible": True, "state_first": True}, id="state"),
+    pytest.param({"own": True, "visible": False, "state_first": True}, id="state unmasked"),
+]
+
+
+def case(given: dict[str, bool], length: int, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, object]:
+    """Queries with room between them, keys, values, their mask, and own ones: a view of a larger tensor."""
+    q = random(2, length, 9, 16)[:, :, :8]
+    visible = torch.rand(2, keys, device=DEVICE) < 0.6
+    visible[0], visible[1, 0] = True, True
+    own = (random(2, length, 9, 16)[:, :, 8], random(2, length, 16)) if given["own"] else None
+    return q, random(2, keys, 16), random(2, keys, 16), visible if given["visible"] else None, own
+
+
+@pytest.mark.parametrize("given", CASES)
+def test_attention_is_the_formula(given: dict[str, bool]) -> None:
+    torch.manual_seed(1)
+    q, k, v, visible, own = case(given, 5, 13)
+    expected = attended_by_hand(q, k, v, visible, own, state_first=given["state_first"])
+    actual = attention.attend(q, k, v, visible, own, state_first=given["state_first"])
+    assert (actual.double() - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("given", CASES)
+@pytest.mark.parametrize(("length", "keys"), [(1, 1), (5, 70), (35, 13)])
+def test_the_attention_kernel_is_the_formula(given: dict[str, bool], length: int, keys: int) -> None:
+    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
+
+    torch.manual_seed(2)
+    q, k, v, visible, own = case(given, length, keys)
+    out = torch.full((2, length, 8, 16), torch.nan, device=DEVICE, dtype=DTYPE)
+    state_first = given["state_first"]
+    attention_triton.launch_attend(
+        out, q, k, v, visible, *(own or (None, None)), state_first=state_first, exact=not GPU
+    )
+    expected = attended_by_hand(q, k, v, visible, own, state_first=state_first)
+    assert (out.flatten(2).double() - expected).abs().max() < TOLERANCE * expected.abs().max()
