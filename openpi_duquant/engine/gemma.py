@@ -8,20 +8,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 from torch import nn
-import torch.nn.functional as F  # noqa: N812
 
 from openpi_duquant.architecture import TransformerSize
+from openpi_duquant.engine.placement import HostLinear
+from openpi_duquant.kernels import attention
+from openpi_duquant.kernels.reference import Prologue
+from openpi_duquant.linear import apply_linear
+from openpi_duquant.linear import merge_
 from openpi_duquant.linear import shared_forward
 
-_EPS = 1e-6
 KeyValue = tuple[Tensor, Tensor]
-"""Keys and values of one layer, each [B, 1, P, D]."""
+"""Keys and values of one layer, each [B, P, D]."""
 
-
-def _normalise(x: Tensor) -> Tensor:
-    """x / rms(x) over the last dimension, fp32."""
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS)
+_GEGLU = Prologue(geglu=True)
 
 
 class RMSNorm(nn.Module):
@@ -30,10 +29,16 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
+        self.is_plain = False
 
-    def forward(self, x: Tensor, modulation: None = None) -> tuple[Tensor, None]:
-        """x [..., W] -> normalised x, the same dtype, and no gate."""
-        return (_normalise(x) * (1.0 + self.weight.float())).to(x.dtype), None
+    def optimize_(self) -> None:
+        """Leaves out a weight of zeros, as conversion leaves it where it folds the gain into the layers that follow."""
+        self.is_plain = not self.weight.any().item()
+
+    def prologue(self, modulation: None = None) -> tuple[Prologue, None]:
+        """The norm, for the layers that read it, and no gate."""
+        del modulation
+        return Prologue(norm=True, scale=None if self.is_plain else self.weight), None
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -41,34 +46,25 @@ class AdaptiveRMSNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, 3 * width)
+        self.dense = HostLinear(width, 3 * width)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., W] and modulation [3 W] fp32 (see `dense`) -> normalised x and gate [W], the dtype of x."""
+    def prologue(self, modulation: Tensor) -> tuple[Prologue, Tensor]:
+        """The norm, and the gate [W], from a modulation [3 W] fp32 (see `dense`)."""
         scale, shift, gate = modulation.chunk(3)
-        return (_normalise(x) * (1.0 + scale) + shift).to(x.dtype), gate.to(x.dtype)
-
-
-def _residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    return x + (y if gate is None else y * gate)
+        return Prologue(norm=True, scale=scale, shift=shift), gate
 
 
 def rotary(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, S, D] of rotary embeddings (base 10000) at positions [B, S].
+    """Cosines and sines [B, S, D] of rotary embeddings (base 10000) at positions [B, S].
 
     The frequencies are rounded to `dtype`: openpi's bf16 policy holds them in bf16, and at position 500 that turns some
     channels by most of a radian.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     frequencies = (1.0 / 10_000.0**exponents).to(dtype).float()
-    angles = positions[:, None, :, None].float() * frequencies
+    angles = positions[:, :, None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def _apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -81,41 +77,58 @@ class Attention(nn.Module):
 
     def __init__(self, size: TransformerSize, *, keys_only: bool = False) -> None:
         super().__init__()
-        self.num_heads = size.num_heads
+        self.head_dim = size.head_dim
         self.k_proj = nn.Linear(size.width, size.head_dim, bias=False)
         self.v_proj = nn.Linear(size.width, size.head_dim, bias=False)
         if not keys_only:
             self.q_proj = nn.Linear(size.width, size.num_heads * size.head_dim, bias=False)
             self.o_proj = nn.Linear(size.num_heads * size.head_dim, size.width, bias=False)
+        self.inputs = ("k_proj", "v_proj") if keys_only else ("q_proj", "k_proj", "v_proj")
 
-    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> KeyValue:
-        """Rotated keys and values of x [B, S, W]."""
-        k, v = shared_forward((self.k_proj, self.v_proj), x)
-        return _apply_rotary(k.unsqueeze(1), cos, sin), v.unsqueeze(1)
+    def optimize_(self) -> None:
+        """Makes one layer of q, k and v."""
+        merge_(self, self.inputs, "qkv_proj")
+
+    def project(self, x: Tensor, norm: Prologue, cos: Tensor, sin: Tensor) -> tuple[Tensor, KeyValue]:
+        """Rotated queries [B, S, H, D], rotated keys and values [B, S, D] of x [B, S, W]."""
+        if hasattr(self, "qkv_proj"):
+            qkv = apply_linear(self.qkv_proj, x, norm)
+        else:
+            qkv = torch.cat(shared_forward([getattr(self, name) for name in self.inputs], x, norm), dim=-1)
+        rotated = attention.rotary(qkv, cos, sin)
+        return rotated[:, :, :-1], (rotated[:, :, -1], qkv[..., -self.head_dim :])
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cached: KeyValue | None = None
+        self,
+        x: Tensor,
+        norm: Prologue,
+        gate: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        visible: Tensor | None,
+        cached: KeyValue | None = None,
+        *,
+        state_first: bool = False,
     ) -> tuple[Tensor, KeyValue]:
-        """Attends from x [B, S, W] to what is cached and to itself.
+        """Attends from x to what is cached and to itself, and adds the result to x.
 
         Args:
             x: [B, S, W].
-            cos: [B, 1, S, D].
-            sin: [B, 1, S, D].
-            mask: Bool, broadcastable to [B, heads, S, P + S], True where a query may look; None: everywhere.
+            norm: What is done to x first.
+            gate: [W], of the result; None for ones.
+            rotation: Cosines and sines [B, S, D].
+            visible: [B, P] bool, of the keys that are cached, or of x's own where none are; None for all.
             cached: Keys and values to put before those of x.
+            state_first: See `attention.attend`.
 
         Returns:
             [B, S, W], and the keys and values of x.
         """
-        q, k, v = shared_forward((self.q_proj, self.k_proj, self.v_proj), x)
-        q = _apply_rotary(q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2), cos, sin)
-        own = k, v = _apply_rotary(k.unsqueeze(1), cos, sin), v.unsqueeze(1)
-        if cached is not None:
-            k, v = torch.cat((cached[0], k), dim=2), torch.cat((cached[1], v), dim=2)
-        heads = (-1, self.num_heads, -1, -1)
-        y = F.scaled_dot_product_attention(q, k.expand(heads), v.expand(heads), attn_mask=mask)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), own
+        q, own = self.project(x, norm, *rotation)
+        if cached is None:
+            y = attention.attend(q, *own, visible)
+        else:
+            y = attention.attend(q, *cached, visible, own, state_first=state_first)
+        return apply_linear(self.o_proj, y, residual=x, gate=gate), own
 
 
 class MLP(nn.Module):
@@ -127,10 +140,17 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(size.width, size.mlp_dim, bias=False)
         self.down_proj = nn.Linear(size.mlp_dim, size.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., W] -> [..., W]."""
-        gate, up = shared_forward((self.gate_proj, self.up_proj), x)
-        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+    def optimize_(self) -> None:
+        """Makes one layer of gate and up."""
+        merge_(self, ("gate_proj", "up_proj"), "gate_up_proj")
+
+    def forward(self, x: Tensor, norm: Prologue, gate: Tensor | None) -> Tensor:
+        """x + gate * mlp(norm(x)), [..., W]; no gate stands for ones."""
+        if hasattr(self, "gate_up_proj"):
+            gate_up = apply_linear(self.gate_up_proj, x, norm)
+        else:
+            gate_up = torch.cat(shared_forward((self.gate_proj, self.up_proj), x, norm), dim=-1)
+        return apply_linear(self.down_proj, gate_up, _GEGLU, residual=x, gate=gate)
 
 
 class DecoderLayer(nn.Module):
@@ -152,21 +172,20 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        visible: Tensor | None,
         cached: KeyValue | None = None,
         modulations: Sequence[Tensor | None] = (None, None),
+        *,
+        state_first: bool = False,
     ) -> tuple[Tensor, KeyValue]:
         """x [B, S, W] -> x [B, S, W] and its keys and values; other arguments as `Attention.forward`.
 
         `modulations` are those of the two norms, each [3 W] fp32, for an adaptive layer.
         """
-        normed, gate = self.input_layernorm(x, modulations[0])
-        y, own = self.self_attn(normed, cos, sin, mask, cached)
-        x = _residual(x, y, gate)
-        normed, gate = self.post_attention_layernorm(x, modulations[1])
-        return _residual(x, self.mlp(normed), gate), own
+        norm, gate = self.input_layernorm.prologue(modulations[0])
+        x, own = self.self_attn(x, norm, gate, rotation, visible, cached, state_first=state_first)
+        return self.mlp(x, *self.post_attention_layernorm.prologue(modulations[1])), own
 
 
 class LastLanguageLayer(nn.Module):
@@ -177,9 +196,9 @@ class LastLanguageLayer(nn.Module):
         self.input_layernorm = RMSNorm(size.width)
         self.self_attn = Attention(size, keys_only=True)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> KeyValue:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> KeyValue:
         """x [B, P, W] -> the layer's keys and values."""
-        return self.self_attn.keys(self.input_layernorm(x)[0], cos, sin)
+        return self.self_attn.project(x, self.input_layernorm.prologue()[0], *rotation)[1]
 
 
 class LanguageModel(nn.Module):
@@ -191,14 +210,14 @@ class LanguageModel(nn.Module):
         layers: list[nn.Module] = [DecoderLayer(size) for _ in range(size.depth - 1)]
         self.layers = nn.ModuleList([*layers, LastLanguageLayer(size)])
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> list[KeyValue]:
-        """Embeddings [B, P, W] at positions [B, P] under mask [B, 1, P, P] -> keys and values of every layer."""
-        cos, sin = rotary(positions, self.size.head_dim, x.dtype)
+    def forward(self, x: Tensor, positions: Tensor, visible: Tensor | None) -> list[KeyValue]:
+        """Embeddings [B, P, W] at positions [B, P], visible or not [B, P] -> keys and values of every layer."""
+        rotation = rotary(positions, self.size.head_dim, x.dtype)
         caches = []
         for layer in self.layers[:-1]:
-            x, cache = layer(x, cos, sin, mask)
+            x, cache = layer(x, rotation, visible)
             caches.append(cache)
-        return [*caches, self.layers[-1](x, cos, sin)]
+        return [*caches, self.layers[-1](x, rotation)]
 
 
 class ActionExpert(nn.Module):
@@ -226,23 +245,27 @@ class ActionExpert(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
-        mask: Tensor | None,
+        visible: Tensor | None,
         caches: Sequence[KeyValue],
         modulations: Sequence[Tensor | None],
+        *,
+        state_first: bool,
     ) -> Tensor:
         """One denoising step.
 
         Args:
             x: Embedded suffix [B, S, W].
             positions: [B, S].
-            mask: Bool, broadcastable to [B, heads, S, P + S], or None.
+            visible: [B, P] bool, of the cached keys; None for all.
             caches: Keys and values of the language model's layers.
             modulations: Of every norm, [3 W] fp32, or None for norms that take none.
+            state_first: The first token is a state's, which looks at no other of the suffix.
 
         Returns:
             [B, S, W].
         """
-        cos, sin = rotary(positions, self.size.head_dim, x.dtype)
+        rotation = rotary(positions, self.size.head_dim, x.dtype)
         for index, (layer, cached) in enumerate(zip(self.layers, caches, strict=True)):
-            x, _ = layer(x, cos, sin, mask, cached, modulations[2 * index : 2 * index + 2])
-        return self.norm(x, modulations[-1])[0]
+            own = modulations[2 * index : 2 * index + 2]
+            x, _ = layer(x, rotation, visible, cached, own, state_first=state_first)
+        return self.norm.prologue(modulations[-1])[0].apply(x)

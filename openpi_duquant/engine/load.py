@@ -15,6 +15,7 @@ from openpi_duquant.checkpoint.load import place_quant_linears
 from openpi_duquant.checkpoint.load import stored_name
 from openpi_duquant.checkpoint.load import verify
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.engine.placement import HostResident
 from openpi_duquant.engine.policy import Policy
 from openpi_duquant.engine.policy import build_policy
 from openpi_duquant.linear import LayerSpec
@@ -91,12 +92,14 @@ def _fill(
     """Gives a policy its tensors."""
     tensors: dict[str, Tensor] = {}
     sources: dict[str, Tensor] = {}
+    on_host = {name for name, module in policy.named_modules() if isinstance(module, HostResident)}
     for name in policy.state_dict():
         source = stored_name(name, layers)
         if source not in state:
             raise DuQuantError(f"tensor {source} is missing")
         if source not in sources:
-            sources[source] = _cast(name, state[source], layers, dtype).to(device)
+            place = "cpu" if name.rpartition(".")[0] in on_host else device
+            sources[source] = _cast(name, state[source], layers, dtype).to(place)
         tensors[name] = sources[source]
     try:
         policy.load_state_dict(tensors, assign=True)

@@ -20,9 +20,13 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.gemma import ActionExpert
 from openpi_duquant.engine.gemma import KeyValue
 from openpi_duquant.engine.gemma import LanguageModel
+from openpi_duquant.engine.graphs import Graphs
+from openpi_duquant.engine.graphs import Inputs
 from openpi_duquant.engine.observation import Observation
 from openpi_duquant.engine.observation import Prefix
 from openpi_duquant.engine.observation import preprocess
+from openpi_duquant.engine.placement import HostEmbedding
+from openpi_duquant.engine.placement import HostLinear
 from openpi_duquant.engine.siglip import VisionModel
 
 
@@ -45,7 +49,7 @@ class Policy(nn.Module, abc.ABC):
                 "language_model": LanguageModel(language),
             }
         )
-        embedding = nn.Embedding(architecture.vocab_size, language.width)
+        embedding = HostEmbedding(architecture.vocab_size, language.width)
         self.paligemma_with_expert = nn.ModuleDict(
             {
                 "paligemma": nn.ModuleDict({"model": paligemma, "lm_head": embedding}),
@@ -54,6 +58,8 @@ class Policy(nn.Module, abc.ABC):
         )
         self.action_in_proj = nn.Linear(architecture.action_dim, expert.width)
         self.action_out_proj = nn.Linear(expert.width, architecture.action_dim)
+        self.graphs: Graphs | None = None
+        self._schedules: dict[int, Tensor] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,7 +67,12 @@ class Policy(nn.Module, abc.ABC):
         return self.embedding.weight.dtype
 
     @property
-    def embedding(self) -> nn.Embedding:
+    def device(self) -> torch.device:
+        """Where calls are computed."""
+        return self.action_in_proj.weight.device
+
+    @property
+    def embedding(self) -> HostEmbedding:
         """Token embeddings, stored under the name that they are tied to."""
         return self.paligemma_with_expert["paligemma"]["lm_head"]
 
@@ -69,6 +80,16 @@ class Policy(nn.Module, abc.ABC):
     def expert(self) -> ActionExpert:
         """The action expert."""
         return self.paligemma_with_expert["gemma_expert"]["model"]
+
+    def optimize_(self) -> "Policy":
+        """For many calls with weights that do not change any more: merges layers, tabulates what depends on the time
+        alone, and on a GPU runs calls of the same shapes as one CUDA graph.
+        """
+        for module in self.modules():
+            if module is not self and hasattr(module, "optimize_"):
+                module.optimize_()
+        self.graphs = Graphs(self.compute)
+        return self
 
     @torch.no_grad()
     def sample_actions(self, observation: Observation, noise: Tensor, *, num_steps: int = 10) -> Tensor:
@@ -80,7 +101,7 @@ class Policy(nn.Module, abc.ABC):
             num_steps: Denoising steps.
 
         Returns:
-            [B, action_horizon, action_dim] fp32, in the policy's normalised units.
+            [B, action_horizon, action_dim] fp32, in the policy's normalised units, where the noise is.
 
         Raises:
             DuQuantError: As `preprocess`; on noise of another shape, no steps, or a state that pi0 cannot read.
@@ -91,35 +112,57 @@ class Policy(nn.Module, abc.ABC):
                 f"noise {tuple(noise.shape)} must be {expected}, batch x action_horizon x action_dim, "
                 f"and num_steps {num_steps} at least 1"
             )
-        x, mask = self.embed_prefix(preprocess(observation))
-        language_model: LanguageModel = self.paligemma_with_expert["paligemma"]["model"]["language_model"]
-        prefix_mask = _attention_mask(mask, torch.ones(x.shape[1], 0, dtype=torch.bool, device=x.device))
-        caches = language_model(x, mask.cumsum(1) - 1, prefix_mask)
-        return self.denoise(caches, mask, observation.state, noise.float(), num_steps)
+        self.check_state(observation.state, len(noise))
+        prefix = preprocess(observation)
+        graphs = self.graphs if self.device.type == "cuda" and self.graphs is not None else None
+        inputs = self.inputs(prefix if graphs is None else graphs.padded(prefix), observation.state, noise)
+        schedule = self.tabulated(num_steps)
+        actions = self.compute(inputs, schedule) if graphs is None else graphs(inputs, schedule)
+        return actions.to(noise.device)
 
-    def embed_prefix(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
+    def tabulated(self, num_steps: int) -> Tensor:
+        """`schedule`, on the policy's device; kept, once the policy is optimized."""
+        if self.graphs is None:
+            return self.schedule(num_steps).to(self.device)
+        if num_steps not in self._schedules or self._schedules[num_steps].device != self.device:
+            self._schedules[num_steps] = self.schedule(num_steps).to(self.device)
+        return self._schedules[num_steps]
+
+    def inputs(self, prefix: Prefix, state: Tensor | None, noise: Tensor) -> Inputs:
+        """What `compute` reads, on the policy's device; embeddings are looked up where the table is."""
+        text = self.embedding(prefix.tokens.to(self.embedding.weight.device))
+        given = prefix.images, prefix.image_mask, text, prefix.token_mask, self.read_state(state), noise.float()
+        return Inputs(*(x if x is None else x.to(self.device, non_blocking=True) for x in given))
+
+    def compute(self, inputs: Inputs, schedule: Tensor) -> Tensor:
+        """Actions [B, S, A] fp32; the same kernels for the same shapes, and never a look at a value from the host."""
+        x, visible = self.embed_prefix(inputs)
+        language_model: LanguageModel = self.paligemma_with_expert["paligemma"]["model"]["language_model"]
+        caches = language_model(x, visible.cumsum(1) - 1, visible)
+        return self.denoise(caches, visible, inputs.state, inputs.noise, schedule)
+
+    def embed_prefix(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Embeddings [B, P, W] of images and prompt, and which of them are valid, [B, P] bool."""
         width = self.architecture.language.width
         paligemma = self.paligemma_with_expert["paligemma"]["model"]
-        features = paligemma["vision_tower"]["vision_model"](prefix.images.flatten(0, 1), self.dtype)
-        images = paligemma["multi_modal_projector"]["linear"](features).reshape(len(prefix.tokens), -1, width)
-        text = self.embedding(prefix.tokens) * math.sqrt(width)
-        image_mask = prefix.image_mask.repeat_interleave(features.shape[1], dim=1)
-        return torch.cat((images, text), dim=1), torch.cat((image_mask, prefix.token_mask), dim=1)
+        features = paligemma["vision_tower"]["vision_model"](inputs.images.flatten(0, 1), self.dtype)
+        images = paligemma["multi_modal_projector"]["linear"](features).reshape(len(inputs.text), -1, width)
+        text = inputs.text * math.sqrt(width)
+        image_mask = inputs.image_mask.repeat_interleave(features.shape[1], dim=1)
+        return torch.cat((images, text), dim=1), torch.cat((image_mask, inputs.token_mask), dim=1)
 
     def denoise(
-        self, caches: Sequence[KeyValue], prefix_mask: Tensor, state: Tensor | None, noise: Tensor, num_steps: int
+        self, caches: Sequence[KeyValue], visible: Tensor, state: Tensor | None, noise: Tensor, schedule: Tensor
     ) -> Tensor:
         """Integrates the velocity field from noise [B, S, A] at time 1 to actions at time 0 (Euler)."""
-        horizon = noise.shape[1]
-        visible = self.suffix_mask(horizon).to(noise.device)
-        positions = prefix_mask.sum(1, keepdim=True) + torch.arange(len(visible), device=noise.device)
-        mask = _attention_mask(prefix_mask, visible)
+        horizon, state_first = noise.shape[1], state is not None
+        places = torch.arange(horizon + state_first, device=noise.device)
+        positions = visible.sum(1, keepdim=True) + places
         actions = noise
-        for entry in self.schedule(num_steps):
+        for entry in schedule:
             x, modulations = self.embed_suffix(state, actions, entry)
-            x = self.expert(x.to(self.dtype), positions, mask, caches, modulations)
-            actions = actions - self.action_out_proj(x[:, -horizon:].float()) / num_steps
+            x = self.expert(x.to(self.dtype), positions, visible, caches, modulations, state_first=state_first)
+            actions = actions - self.action_out_proj(x[:, -horizon:].float()) / len(schedule)
         return actions
 
     @abc.abstractmethod
@@ -136,8 +179,12 @@ class Policy(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def suffix_mask(self, horizon: int) -> Tensor:
-        """Which suffix tokens each of them may look at, [S, S] bool."""
+    def read_state(self, state: Tensor | None) -> Tensor | None:
+        """The state that the expert reads, [B, A] fp32; None if it reads none."""
+
+    @abc.abstractmethod
+    def check_state(self, state: Tensor | None, batch: int) -> None:
+        """Raises DuQuantError on a state that the expert cannot read."""
 
     def time_embeddings(self, num_steps: int) -> Tensor:
         """Sinusoidal embeddings [num_steps, W] fp32 of the times 1, 1 - 1/n, ..., 1/n; summed in fp32, as in openpi."""
@@ -155,8 +202,8 @@ class Pi05Policy(Policy):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)
         width = architecture.expert.width
-        self.time_mlp_in = nn.Linear(width, width)
-        self.time_mlp_out = nn.Linear(width, width)
+        self.time_mlp_in = HostLinear(width, width)
+        self.time_mlp_out = HostLinear(width, width)
 
     def embed_suffix(
         self, state: Tensor | None, actions: Tensor, entry: Tensor
@@ -165,9 +212,12 @@ class Pi05Policy(Policy):
         del state
         return self.action_in_proj(actions), entry
 
-    def suffix_mask(self, horizon: int) -> Tensor:
-        """All actions see each other."""
-        return torch.ones(horizon, horizon, dtype=torch.bool)
+    def read_state(self, state: Tensor | None) -> None:
+        """None: the state, if used at all, is part of the prompt."""
+        del state
+
+    def check_state(self, state: Tensor | None, batch: int) -> None:
+        """Nothing can be wrong with what is not read."""
 
     def schedule(self, num_steps: int) -> Tensor:
         """The modulations of every norm, [num_steps, norms, 3 W]: a table, for they depend on the time alone."""
@@ -190,34 +240,28 @@ class Pi0Policy(Policy):
         self, state: Tensor | None, actions: Tensor, entry: Tensor
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """The state's token and the embedded actions, [B, 1 + S, W], and no modulation."""
-        if state is None or state.shape != (len(actions), self.architecture.action_dim):
-            shape = None if state is None else tuple(state.shape)
-            raise DuQuantError(f"state: pi0 reads [{len(actions)}, {self.architecture.action_dim}], got {shape}")
         time = entry.expand(*actions.shape[:2], -1)
         mixed = self.action_time_mlp_in(torch.cat((self.action_in_proj(actions), time), dim=-1))
         embedded = self.action_time_mlp_out(F.silu(mixed))
-        suffix = torch.cat((self.state_proj(state.float())[:, None], embedded), dim=1)
+        suffix = torch.cat((self.state_proj(state)[:, None], embedded), dim=1)
         return suffix, [None] * (2 * self.architecture.expert.depth + 1)
 
     def schedule(self, num_steps: int) -> Tensor:
         """Embeddings of the times, [num_steps, W]."""
         return self.time_embeddings(num_steps)
 
-    def suffix_mask(self, horizon: int) -> Tensor:
-        """The state sees itself only; actions see it and each other."""
-        mask = torch.ones(1 + horizon, 1 + horizon, dtype=torch.bool)
-        mask[0, 1:] = False
-        return mask
+    def read_state(self, state: Tensor | None) -> Tensor | None:
+        """The state in fp32."""
+        return state if state is None else state.float()
+
+    def check_state(self, state: Tensor | None, batch: int) -> None:
+        """Raises DuQuantError unless the state is [batch, action_dim]."""
+        expected = batch, self.architecture.action_dim
+        if state is None or state.shape != expected:
+            shape = None if state is None else tuple(state.shape)
+            raise DuQuantError(f"state: pi0 reads {list(expected)}, got {shape}")
 
 
 def build_policy(architecture: Architecture) -> Policy:
     """A policy without weights; under `torch.device("meta")` it takes no memory until tensors are assigned."""
     return (Pi05Policy if architecture.pi05 else Pi0Policy)(architecture)
-
-
-def _attention_mask(prefix: Tensor, own: Tensor) -> Tensor | None:
-    """Visible prefix [B, P] and visible own tokens [S, S'] -> [B, 1, S, P + S'] bool; None when all is visible."""
-    if prefix.all() and own.all():
-        return None
-    rows = prefix[:, None, :].expand(-1, len(own), -1)
-    return torch.cat((rows, own.expand(len(prefix), -1, -1)), dim=2)[:, None]

@@ -1,5 +1,7 @@
 """SigLIP So400m/14, the vision tower (Zhai et al. 2023, arXiv:2303.15343): module names are openpi's."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch import nn
@@ -8,6 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 from openpi_duquant.architecture import IMAGE_SIZE
 from openpi_duquant.architecture import PATCH_SIZE
 from openpi_duquant.architecture import TransformerSize
+from openpi_duquant.linear import apply_linear
+from openpi_duquant.linear import merge_
 from openpi_duquant.linear import shared_forward
 
 _EPS = 1e-6
@@ -24,12 +28,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(size.width, size.width)
         self.out_proj = nn.Linear(size.width, size.width)
 
+    def optimize_(self) -> None:
+        """Makes one layer of q, k and v."""
+        merge_(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+
+    def _project(self, x: Tensor) -> Sequence[Tensor]:
+        if hasattr(self, "qkv_proj"):
+            return apply_linear(self.qkv_proj, x).chunk(3, dim=-1)
+        return shared_forward((self.q_proj, self.k_proj, self.v_proj), x)
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, P, W] -> [B, P, W]."""
-        q, k, v = (
-            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for y in shared_forward((self.q_proj, self.k_proj, self.v_proj), x)
-        )
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in self._project(x))
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

@@ -16,7 +16,7 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         [B, S, H + 1, D], the keys last.
     """
-    if _on_gpu(qkv):
+    if _on_gpu(qkv, cos.shape[-1]):
         return torch.ops.openpi_duquant.rotary(qkv, cos, sin)
     heads = qkv.unflatten(-1, (-1, cos.shape[-1]))[:, :, :-1]
     first, second = heads.chunk(2, dim=-1)
@@ -45,11 +45,15 @@ def attend(
     Returns:
         [B, S, H * D].
     """
-    if _on_gpu(q):
+    if _on_gpu(q, q.shape[-1]):
         own_k, own_v = own if own is not None else (None, None)
         return torch.ops.openpi_duquant.attend(q, k, v, visible, own_k, own_v, state_first).flatten(2)
     batch, length, heads, _ = q.shape
-    mask = None if visible is None or visible.all() else visible[:, None, None, :].expand(-1, 1, length, -1)
+    mask = (
+        None
+        if visible is None or (not visible.is_cuda and visible.all())
+        else visible[:, None, None, :].expand(-1, 1, length, -1)
+    )
     if own is not None:
         mask = _with_own(mask, (batch, length, k.shape[1]), q.device, state_first=state_first)
         k, v = torch.cat((k, own[0]), dim=1), torch.cat((v, own[1]), dim=1)
@@ -72,9 +76,9 @@ def _with_own(
     return torch.cat((mask, own.expand(batch, 1, -1, -1)), dim=3)
 
 
-def _on_gpu(x: Tensor) -> bool:
-    """Whether the kernels take it: 16 bits, a head size that is a power of two (checked by the caller's shapes)."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+def _on_gpu(x: Tensor, size: int) -> bool:
+    """Whether the kernels take it: on a GPU, with heads of a power of two."""
+    return x.is_cuda and size >= 16 and size & (size - 1) == 0
 
 
 torch.library.define("openpi_duquant::rotary", "(Tensor qkv, Tensor cos, Tensor sin) -> Tensor")
@@ -112,5 +116,5 @@ def _attend_on_gpu(q: Tensor, *operands: object) -> Tensor:
 
     *tensors, state_first = operands
     out = q.new_empty(q.shape)
-    attention_triton.launch_attend(out, q, *tensors, state_first=bool(state_first), exact=False)
+    attention_triton.launch_attend(out, q, *tensors, state_first=bool(state_first), exact=q.dtype == torch.float32)
     return out

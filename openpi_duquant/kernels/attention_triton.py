@@ -62,7 +62,7 @@ def launch_attend(
 
 @triton.jit
 def _attend_to(
-    q, query, k_ptr, v_ptr, visible_ptr, keys, k_stride, v_stride, best, total, sums,
+    q, query, scale, k_ptr, v_ptr, visible_ptr, keys, k_stride, v_stride, best, total, sums,
     D: tl.constexpr, KEYS: tl.constexpr, VISIBLE: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over one segment of keys (Milakov & Gimelshein 2018, arXiv:1805.02867)."""
@@ -82,7 +82,7 @@ def _attend_to(
             scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
         else:
             scores = tl.dot(q, tl.trans(k))
-        scores = tl.where(seen, scores, float("-inf"))
+        scores = tl.where(seen, scores * scale, float("-inf"))
         highest = tl.maximum(best, tl.max(scores, 1))
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         weights = tl.exp2(scores - shift[:, None])
@@ -110,17 +110,18 @@ def _attend(
     known = (query < length)[:, None]
     at = query[:, None] * q_token + head[:, None] * D + lane[None, :]
     q = tl.load(q_ptr + batch * q_batch + at, mask=known, other=0.0)
-    q = (q.to(tl.float32) * scale).to(q.dtype)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, D), tl.float32)
+    if VISIBLE:
+        visible_ptr += batch * keys
     best, total, sums = _attend_to(
-        q, query, k_ptr + batch * k_batch, v_ptr + batch * v_batch, visible_ptr + batch * keys if VISIBLE else visible_ptr, keys,
-        k_token, v_token, best, total, sums, D, KEYS, VISIBLE=VISIBLE, STATE_FIRST=False, EXACT=EXACT,
+        q, query, scale, k_ptr + batch * k_batch, v_ptr + batch * v_batch, visible_ptr, keys, k_token, v_token, best,
+        total, sums, D, KEYS, VISIBLE=VISIBLE, STATE_FIRST=False, EXACT=EXACT,
     )  # fmt: skip
     if OWN:
         best, total, sums = _attend_to(
-            q, query, own_k_ptr + batch * own_k_batch, own_v_ptr + batch * own_v_batch, visible_ptr, own_keys,
+            q, query, scale, own_k_ptr + batch * own_k_batch, own_v_ptr + batch * own_v_batch, visible_ptr, own_keys,
             own_k_token, own_v_token, best, total, sums, D, KEYS, VISIBLE=False, STATE_FIRST=STATE_FIRST, EXACT=EXACT,
         )  # fmt: skip
     y = sums / tl.where(total > 0, total, 1.0)[:, None]

@@ -1,0 +1,105 @@
+"""Calls of one shape as one CUDA graph: at batch 1 a policy waits for launches, not for arithmetic."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+import dataclasses
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+import torch.nn.functional as F  # noqa: N812
+
+from openpi_duquant.engine.observation import Prefix
+
+PROMPT_BUCKET = 16
+"""Prompts are padded to a multiple of this: fewer graphs, at the price of masked tokens."""
+
+LIMIT = 16
+"""Graphs that are kept; the one used longest ago goes first."""
+
+
+class Inputs(NamedTuple):
+    """What a call computes from, all on the policy's device.
+
+    Attributes:
+        images: [B, C, 3, 224, 224] fp32 in [-1, 1].
+        image_mask: [B, C] bool.
+        text: [B, L, W], embedded prompts.
+        token_mask: [B, L] bool.
+        state: [B, A] fp32, or None.
+        noise: [B, S, A] fp32.
+    """
+
+    images: Tensor
+    image_mask: Tensor
+    text: Tensor
+    token_mask: Tensor
+    state: Tensor | None
+    noise: Tensor
+
+    def shapes(self) -> tuple[tuple[int, ...] | None, ...]:
+        """Shape of each; what a graph is made for."""
+        return tuple(None if x is None else tuple(x.shape) for x in self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+    actions: Tensor
+
+
+class Graphs:
+    """Runs `compute` as CUDA graphs, one for each set of shapes; threads take turns.
+
+    Args:
+        compute: Of inputs and a schedule; looks at no value from the host.
+        limit: Graphs that are kept. They share one pool of memory.
+    """
+
+    def __init__(self, compute: Callable[[Inputs, Tensor], Tensor], limit: int = LIMIT) -> None:
+        self._compute = compute
+        self._limit = limit
+        self._captured: OrderedDict[tuple[object, ...], _Captured] = OrderedDict()
+        self._pool: tuple[int, int] | None = None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Number of graphs held."""
+        return len(self._captured)
+
+    def padded(self, prefix: Prefix) -> Prefix:
+        """The prefix with its prompts padded to a multiple of `PROMPT_BUCKET`, masked there."""
+        more = -prefix.tokens.shape[1] % PROMPT_BUCKET
+        tokens, mask = F.pad(prefix.tokens, (0, more)), F.pad(prefix.token_mask, (0, more))
+        return dataclasses.replace(prefix, tokens=tokens, token_mask=mask)
+
+    def __call__(self, inputs: Inputs, schedule: Tensor) -> Tensor:
+        """Actions, of memory of their own; the first call of a shape captures its graph."""
+        key = *inputs.shapes(), schedule.data_ptr(), len(schedule)
+        with self._lock, torch.cuda.device(inputs.noise.device):
+            if key not in self._captured:
+                while len(self._captured) >= self._limit:
+                    self._captured.popitem(last=False)
+                self._captured[key] = self._capture(inputs, schedule)
+            self._captured.move_to_end(key)
+            captured = self._captured[key]
+            for static, given in zip(captured.inputs, inputs, strict=True):
+                if static is not None:
+                    static.copy_(given, non_blocking=True)
+            captured.graph.replay()
+            return captured.actions.clone()
+
+    def _capture(self, inputs: Inputs, schedule: Tensor) -> _Captured:
+        static = Inputs(*(x if x is None else x.clone() for x in inputs))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once without a graph: kernels are compiled and libraries made ready
+            self._compute(static, schedule)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            actions = self._compute(static, schedule)
+        return _Captured(graph, static, actions)
