@@ -1,5 +1,8 @@
 """The kernels of `attention`."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 import triton
 import triton.language as tl
@@ -33,6 +36,29 @@ def _rotary(
     tl.store(out_ptr + HALF, (second * cos + first * sin).to(dtype), mask=known)
 
 
+class Shape(NamedTuple):
+    """How an attention is cut up.
+
+    Attributes:
+        rows: Pairs of a query and a head that a program has.
+        keys: That a step looks at.
+        splits: Parts of the keys; each has a program of its own, and another launch puts them together.
+        warps: Of a program.
+    """
+
+    rows: int
+    keys: int
+    splits: int
+    warps: int
+
+
+def shape_for(rows: int, keys: int) -> Shape:
+    """Few queries (a denoising step) wait for the keys, which are shared out; many (a prefix) fill the GPU."""
+    if rows <= 512:
+        return Shape(16, 64, min(triton.cdiv(keys, 64), 16), 4)
+    return Shape(64, 64, 1, 4)
+
+
 def launch_attend(
     out: Tensor,
     q: Tensor,
@@ -44,30 +70,58 @@ def launch_attend(
     *,
     state_first: bool,
     exact: bool,
+    shape: Shape | None = None,
 ) -> None:
     """Fills out [B, S, H, D]; arguments as `attention.attend`. `exact` multiplies in fp32."""
     batch, length, heads, size = q.shape
-    rows = length * heads
+    shape = shape or shape_for(length * heads, k.shape[1])
     own = k if own_k is None else own_k, v if own_v is None else own_v
-    tile_rows = 16 if rows <= 256 else 64
-    _attend[(triton.cdiv(rows, tile_rows), batch)](
-        out, q, k, v, visible, *own, length, k.shape[1], 0 if own_k is None else own_k.shape[1],
+    tiles = triton.cdiv(length * heads, shape.rows)
+    parts, sums = out, out
+    if shape.splits > 1:  # partial sums, and under each its highest score and its total
+        sums = out.new_empty(batch, shape.splits, tiles * shape.rows, size, dtype=torch.float32)
+        parts = out.new_empty(batch, shape.splits, tiles * shape.rows, 2, dtype=torch.float32)
+    _attend[(tiles, shape.splits, batch)](
+        out, sums, parts, q, k, v, visible, *own, length, k.shape[1], 0 if own_k is None else own_k.shape[1],
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         own[0].stride(0), own[0].stride(1), own[1].stride(0), own[1].stride(1), size**-0.5 * 1.4426950408889634,
-        HEADS=heads, D=size, ROWS=tile_rows, KEYS=64 if tile_rows == 16 else 32, VISIBLE=visible is not None,
-        OWN=own_k is not None, STATE_FIRST=state_first, EXACT=exact,
-        num_warps=4 if tile_rows == 16 else 8, num_stages=2,
+        HEADS=heads, D=size, ROWS=shape.rows, KEYS=shape.keys, SPLITS=shape.splits, VISIBLE=visible is not None,
+        OWN=own_k is not None, STATE_FIRST=state_first, EXACT=exact, num_warps=shape.warps, num_stages=2,
     )  # fmt: skip
+    if shape.splits > 1:
+        _combine[(length * heads, batch)](
+            out, sums, parts, tiles * shape.rows, length * heads,
+            SPLITS=shape.splits, PADDED=triton.next_power_of_2(shape.splits), D=size, num_warps=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def _combine(
+    out_ptr, sums_ptr, parts_ptr, padded_rows, rows, SPLITS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """One row from its partial sums (as FlashDecoding, Dao et al. 2023)."""
+    row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    split, lane = tl.arange(0, PADDED), tl.arange(0, D)
+    known = split < SPLITS
+    at = (batch * SPLITS + split) * padded_rows + row
+    best = tl.load(parts_ptr + 2 * at, mask=known, other=float("-inf"))
+    total = tl.load(parts_ptr + 2 * at + 1, mask=known, other=0.0)
+    highest = tl.max(best, 0)
+    weight = tl.exp2(best - tl.where(highest == float("-inf"), 0.0, highest))
+    sums = tl.load(sums_ptr + at[:, None] * D + lane[None, :], mask=known[:, None], other=0.0)
+    total = tl.sum(total * weight, 0)
+    y = tl.sum(sums * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + (batch * rows + row) * D + lane, y.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
 def _attend_to(
-    q, query, scale, k_ptr, v_ptr, visible_ptr, keys, k_stride, v_stride, best, total, sums,
+    q, query, scale, k_ptr, v_ptr, visible_ptr, first, keys, k_stride, v_stride, best, total, sums,
     D: tl.constexpr, KEYS: tl.constexpr, VISIBLE: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over one segment of keys (Milakov & Gimelshein 2018, arXiv:1805.02867)."""
+    """Online softmax over keys first to keys - 1 of one segment (Milakov & Gimelshein 2018, arXiv:1805.02867)."""
     lane = tl.arange(0, D)
-    for start in range(0, keys, KEYS):
+    for start in range(first, keys, KEYS):
         key = start + tl.arange(0, KEYS)
         known = key < keys
         k = tl.load(k_ptr + key[:, None] * k_stride + lane[None, :], mask=known[:, None], other=0.0)
@@ -98,13 +152,14 @@ def _attend_to(
 
 @triton.jit
 def _attend(
-    out_ptr, q_ptr, k_ptr, v_ptr, visible_ptr, own_k_ptr, own_v_ptr, length, keys, own_keys,
+    out_ptr, sums_ptr, parts_ptr, q_ptr, k_ptr, v_ptr, visible_ptr, own_k_ptr, own_v_ptr, length, keys, own_keys,
     q_batch, q_token, k_batch, k_token, v_batch, v_token, own_k_batch, own_k_token, own_v_batch, own_v_token, scale,
-    HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, VISIBLE: tl.constexpr,
-    OWN: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    VISIBLE: tl.constexpr, OWN: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Rows are pairs of a query and a head: all of them read the same keys and values."""
-    batch = tl.program_id(1).to(tl.int64)
+    """Rows are pairs of a query and a head: all of them read the same keys and values. The last part of the keys has
+    the queries' own as well."""
+    split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     query, head, lane = row // HEADS, row % HEADS, tl.arange(0, D)
     known = (query < length)[:, None]
@@ -115,15 +170,23 @@ def _attend(
     sums = tl.zeros((ROWS, D), tl.float32)
     if VISIBLE:
         visible_ptr += batch * keys
+    part = tl.cdiv(tl.cdiv(keys, KEYS), SPLITS) * KEYS
     best, total, sums = _attend_to(
-        q, query, scale, k_ptr + batch * k_batch, v_ptr + batch * v_batch, visible_ptr, keys, k_token, v_token, best,
-        total, sums, D, KEYS, VISIBLE=VISIBLE, STATE_FIRST=False, EXACT=EXACT,
+        q, query, scale, k_ptr + batch * k_batch, v_ptr + batch * v_batch, visible_ptr, split * part,
+        tl.minimum((split + 1) * part, keys), k_token, v_token, best, total, sums, D, KEYS, VISIBLE=VISIBLE,
+        STATE_FIRST=False, EXACT=EXACT,
     )  # fmt: skip
-    if OWN:
+    if OWN and split == SPLITS - 1:
         best, total, sums = _attend_to(
-            q, query, scale, own_k_ptr + batch * own_k_batch, own_v_ptr + batch * own_v_batch, visible_ptr, own_keys,
+            q, query, scale, own_k_ptr + batch * own_k_batch, own_v_ptr + batch * own_v_batch, visible_ptr, 0, own_keys,
             own_k_token, own_v_token, best, total, sums, D, KEYS, VISIBLE=False, STATE_FIRST=STATE_FIRST, EXACT=EXACT,
         )  # fmt: skip
-    y = sums / tl.where(total > 0, total, 1.0)[:, None]
-    out_at = ((batch * length + query[:, None]) * HEADS + head[:, None]) * D + lane[None, :]
-    tl.store(out_ptr + out_at, y.to(out_ptr.dtype.element_ty), mask=known)
+    if SPLITS == 1:
+        y = sums / tl.where(total > 0, total, 1.0)[:, None]
+        out_at = ((batch * length + query[:, None]) * HEADS + head[:, None]) * D + lane[None, :]
+        tl.store(out_ptr + out_at, y.to(out_ptr.dtype.element_ty), mask=known)
+    else:
+        place = (batch * SPLITS + split) * (tl.num_programs(0) * ROWS) + row
+        tl.store(sums_ptr + place[:, None] * D + lane[None, :], sums)
+        tl.store(parts_ptr + 2 * place, best)
+        tl.store(parts_ptr + 2 * place + 1, total)

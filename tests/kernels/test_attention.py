@@ -109,8 +109,9 @@ def test_attention_is_the_formula(given: dict[str, bool]) -> None:
 
 @pytest.mark.triton
 @pytest.mark.parametrize("given", CASES)
+@pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize(("length", "keys"), [(1, 1), (5, 70), (35, 13)])
-def test_the_attention_kernel_is_the_formula(given: dict[str, bool], length: int, keys: int) -> None:
+def test_the_attention_kernel_is_the_formula(given: dict[str, bool], length: int, keys: int, splits: int) -> None:
     from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
 
     torch.manual_seed(2)
