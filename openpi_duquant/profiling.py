@@ -17,10 +17,12 @@ import pathlib
 import re
 import sys
 import time
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from openpi_duquant.report import stamp
 
 Label = Literal["weight_prequant", "input_transform", "activation_forward", "matmul", "output_restore"]
 
@@ -158,11 +160,11 @@ class Profile:
             self._trace.append(event | microseconds | {"args": {"layer": entry.layer, "elements": entry.elements}})
 
     def totals(self) -> dict[str, Sum]:
-        """Sums by label, over all layers."""
+        """Sums over all layers, of every label: zero where nothing happened."""
         self._settle()
-        totals: dict[str, Sum] = {}
-        for (label, _), part in sorted(self.sums.items()):
-            totals.setdefault(label, Sum()).add(part)
+        totals = {label: Sum() for label in get_args(Label)}
+        for (label, _), part in self.sums.items():
+            totals[label].add(part)
         return totals
 
     def summary(self) -> str:
@@ -179,7 +181,7 @@ class Profile:
         totals = {label: dataclasses.asdict(part) for label, part in self.totals().items()}
         groups = [{"label": label, "group": g} | dataclasses.asdict(part) for (label, g), part in self.sums.items()]
         folder.mkdir(parents=True, exist_ok=True)
-        values = {"cuda_sync": self.sync, "totals": totals, "groups": groups}
+        values = {"stamp": stamp(), "cuda_sync": self.sync, "totals": totals, "groups": groups}
         (folder / "profile.json").write_text(json.dumps(values, indent=1) + "\n")
         (folder / "trace.json").write_text(json.dumps({"traceEvents": self._trace, "displayTimeUnit": "ms"}))
 
@@ -212,7 +214,6 @@ def _table(title: str, sums: dict[str, Sum]) -> str:
     for label, part in sums.items():
         rate = part.bytes / part.seconds / 1e9 if part.seconds else 0.0
         total = part.seconds * 1e3
-        lines.append(
-            f"{label:<28} {part.calls:>8} {total:>12.2f} {total / part.calls:>10.3f} {part.elements:>16} {rate:>10.2f}"
-        )
+        average = total / part.calls if part.calls else 0.0
+        lines.append(f"{label:<28} {part.calls:>8} {total:>12.2f} {average:>10.3f} {part.elements:>16} {rate:>10.2f}")
     return "\n".join(lines)
