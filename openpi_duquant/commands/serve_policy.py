@@ -111,6 +111,6 @@ def _require_free(host: str, port: int) -> None:
         family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(address)
+            trial.bind((address[0], port, *address[2:]))  # getaddrinfo cuts a port above 65535 down
     except (OSError, OverflowError) as error:
         raise DuQuantError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from None
