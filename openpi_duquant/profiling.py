@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import datetime as dt
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -35,14 +34,15 @@ _PENDING_SPANS = 4096
 _active: "Profile | None" = None
 
 
-def span(label: Label, tensor: Tensor) -> contextlib.AbstractContextManager:
+def span(label: Label, tensor: Tensor, layer: str | None = None) -> contextlib.AbstractContextManager:
     """Times what happens inside it, if a profile is active.
 
     Args:
         label: What is done.
         tensor: What it is done to: its elements and bytes are counted.
+        layer: The layer that it is done for; else the one whose `in_layer` or `Profile.layer` lasts.
     """
-    return contextlib.nullcontext() if _active is None else _active.span(label, tensor)
+    return contextlib.nullcontext() if _active is None else _active.span(label, tensor, layer)
 
 
 def in_layer(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,7 +122,7 @@ class Profile:
             self._layer = before
 
     @contextlib.contextmanager
-    def span(self, label: str, tensor: Tensor) -> Iterator[None]:
+    def span(self, label: str, tensor: Tensor, layer: str | None = None) -> Iterator[None]:
         """See `span`."""
         events = None
         if tensor.is_cuda:
@@ -132,7 +132,7 @@ class Profile:
                 events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 events[0].record()
         begin = time.perf_counter()
-        entry = _Span(label, self._layer, begin, tensor.numel(), tensor.nbytes)
+        entry = _Span(label, layer or self._layer, begin, tensor.numel(), tensor.nbytes)
         yield
         if events is not None:
             events[1].record()
@@ -169,12 +169,12 @@ class Profile:
 
     def summary(self) -> str:
         """The table, for all layers together and for each group of layers."""
-        totals = self.totals()
-        groups = itertools.groupby(sorted(self.sums, key=lambda key: key[::-1]), key=lambda key: key[1])
-        tables = {group: {label: self.sums[label, group] for label, _ in keys} for group, keys in groups}
         how = "on" if self.sync else "off"
-        title = f"[DUQUANT][PROFILE] fake quantization summary (cuda_sync={how})"
-        return "\n\n".join([_table(title, totals), *(_table(group, sums) for group, sums in tables.items())])
+        tables = {f"[DUQUANT][PROFILE] fake quantization summary (cuda_sync={how})": self.totals()}
+        for group in sorted({group for _, group in self.sums}):
+            found = {label: self.sums.get((label, group)) for label in get_args(Label)}
+            tables[group] = {label: part for label, part in found.items() if part}
+        return "\n\n".join(_table(title, sums) for title, sums in tables.items())
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes `profile.json`, the sums, and `trace.json` for chrome://tracing or Perfetto; makes the folder."""

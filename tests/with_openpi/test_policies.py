@@ -9,7 +9,11 @@ import types
 from typing import Any
 
 import numpy as np
+from openpi_host import TinyPi0
+from openpi_host import save_openpi_checkpoint
+from openpi_host import tiny_openpi_model
 import pytest
+from safetensors.torch import load_file
 import sentencepiece
 import torch
 from torch import Tensor
@@ -137,6 +141,22 @@ def unquantized_policy(name: str, folder: pathlib.Path) -> Any:
     config = get_config(name)
     model = dataclasses.replace(config.model, pytorch_compile_mode=None)
     return policy_config.create_trained_policy(dataclasses.replace(config, model=model), folder)
+
+
+@RUNTIMES
+def test_what_openpi_computes_in_float32_is_loaded_unrounded(
+    stock: Stock, tmp_path: pathlib.Path, runtime: str
+) -> None:
+    save_openpi_checkpoint(tiny_openpi_model(TinyPi0(), seed=0, dtype="float32"), tmp_path / "original")
+    convert(tmp_path / "original", tmp_path / "converted", DuQuantConfig())
+    state = stock("pi05_libero_duquant", tmp_path / "converted", runtime=runtime)._model.state_dict()
+    stored = load_file(tmp_path / "converted" / "model.safetensors")
+    expert = "paligemma_with_expert.gemma_expert.model."
+    for name in (f"{expert}layers.1.input_layernorm.dense.weight", f"{expert}norm.dense.bias", "action_in_proj.weight"):
+        loaded = state["policy." + name if runtime == "engine" else name]
+        assert loaded.dtype == torch.float32
+        assert torch.equal(loaded, stored[name])
+        assert not torch.equal(loaded, loaded.bfloat16().float())
 
 
 class FloatShapes(TorchDispatchMode):
