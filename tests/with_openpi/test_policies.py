@@ -14,7 +14,6 @@ from openpi_host import save_openpi_checkpoint
 from openpi_host import tiny_openpi_model
 import pytest
 from safetensors.torch import load_file
-import sentencepiece
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,6 +47,8 @@ def quant_linears(policy: Any) -> dict[str, QuantLinear]:
 
 def libero_actions_by_hand(folder: pathlib.Path, observation: dict[str, Any], data_home: pathlib.Path) -> np.ndarray:
     """As pi05_libero: the engine alone, with the transforms written out."""
+    import sentencepiece
+
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=f"{data_home}/big_vision/paligemma_tokenizer.model")
     tokens = torch.tensor([tokenizer.encode(observation["prompt"], add_bos=True) + tokenizer.encode("\n")])
     images = {"base_0_rgb": "observation/image", "left_wrist_0_rgb": "observation/wrist_image"}
