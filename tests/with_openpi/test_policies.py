@@ -291,3 +291,26 @@ def test_what_the_host_says_of_its_own_comes_through_beside_ours(
     policy = plugin.create_trained_policy(plugin.get_config("pi0_aloha"), folder)
     assert policy.metadata["reset_pose"] == [0, -1.5, 1.5, 0, 0, 0]
     assert policy.metadata["duquant"]["layers"] == LAYERS
+
+
+@pytest.mark.filterwarnings("default")  # of torch's compiler, about itself
+def test_a_compiled_module_gives_the_same_actions(
+    plugin: types.ModuleType, stock: Stock, hosts: Any, example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+    real = torch.compile
+
+    def compile_eagerly(function: Any, *, mode: str) -> Any:
+        modes.append(mode)
+        return real(function, backend="eager")  # traced and run without a code generator
+
+    twin = plugin.register("pi05_libero", runtime="module")
+    model = dataclasses.replace(twin.model, pytorch_compile_mode="reduce-overhead")
+    folder = hosts.converted / "pi05"
+    expected = actions(stock(twin.name, folder), example("libero"))
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    quantization = dataclasses.replace(model.quantization.environment, compile=True)
+    model = dataclasses.replace(model, quantization=dataclasses.replace(model.quantization, environment=quantization))
+    policy = plugin.create_trained_policy(dataclasses.replace(twin, model=model), folder)
+    assert modes == ["reduce-overhead"]
+    assert relative_error(actions(policy, example("libero")), expected) < 1e-3
