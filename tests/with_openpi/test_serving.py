@@ -205,6 +205,11 @@ def serve(plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable
     """Runs serve-policy in this process, which must end in one line and status 1; returns that line."""
     del plugin
 
+    async def answer(*_: object) -> None:
+        raise AssertionError("it serves")
+
+    monkeypatch.setitem(warm_up.__globals__, "_serve_until_stopped", answer)
+
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["serve-policy", *map(str, arguments)])
         monkeypatch.setattr(signal, "signal", lambda *_: None)
