@@ -14,13 +14,10 @@ class Finder:
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         """The spec of openpi's configs, whose loader registers ours afterwards; None for any other module."""
-        del path, target
         if name != TARGET:
             return None
-        sys.meta_path.remove(self)
-        import importlib.util  # noqa: PLC0415
-
-        spec = importlib.util.find_spec(name)
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

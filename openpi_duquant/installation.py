@@ -28,7 +28,7 @@ def find_openpi() -> Finding:
     spec = importlib.util.find_spec("openpi")
     if spec is None or spec.origin is None:  # without origin: some folder of that name, no package
         return Finding("openpi", "not installed; conversion and the engine run without it", OPENPI_FIX)
-    if importlib.util.find_spec("openpi.models_pytorch") is None:
+    if spec.submodule_search_locations is None or importlib.util.find_spec("openpi.models_pytorch") is None:
         state = "PyPI's placeholder: an empty package, not Physical Intelligence's openpi"
         return Finding("openpi", state, f"pip uninstall openpi; {OPENPI_FIX}")
     return Finding("openpi", "installed")

@@ -10,17 +10,18 @@ import contextlib
 import dataclasses
 import datetime as dt
 import functools
-import itertools
 import json
 import os
 import pathlib
 import re
 import sys
 import time
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from openpi_duquant.report import stamp
 
 Label = Literal["weight_prequant", "input_transform", "activation_forward", "matmul", "output_restore"]
 
@@ -33,14 +34,15 @@ _PENDING_SPANS = 4096
 _active: "Profile | None" = None
 
 
-def span(label: Label, tensor: Tensor) -> contextlib.AbstractContextManager:
+def span(label: Label, tensor: Tensor, layer: str | None = None) -> contextlib.AbstractContextManager:
     """Times what happens inside it, if a profile is active.
 
     Args:
         label: What is done.
         tensor: What it is done to: its elements and bytes are counted.
+        layer: The layer that it is done for; else the one whose `in_layer` or `Profile.layer` lasts.
     """
-    return contextlib.nullcontext() if _active is None else _active.span(label, tensor)
+    return contextlib.nullcontext() if _active is None else _active.span(label, tensor, layer)
 
 
 def in_layer(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,7 +122,7 @@ class Profile:
             self._layer = before
 
     @contextlib.contextmanager
-    def span(self, label: str, tensor: Tensor) -> Iterator[None]:
+    def span(self, label: str, tensor: Tensor, layer: str | None = None) -> Iterator[None]:
         """See `span`."""
         events = None
         if tensor.is_cuda:
@@ -130,7 +132,7 @@ class Profile:
                 events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 events[0].record()
         begin = time.perf_counter()
-        entry = _Span(label, self._layer, begin, tensor.numel(), tensor.nbytes)
+        entry = _Span(label, layer or self._layer, begin, tensor.numel(), tensor.nbytes)
         yield
         if events is not None:
             events[1].record()
@@ -158,28 +160,28 @@ class Profile:
             self._trace.append(event | microseconds | {"args": {"layer": entry.layer, "elements": entry.elements}})
 
     def totals(self) -> dict[str, Sum]:
-        """Sums by label, over all layers."""
+        """Sums over all layers, of every label: zero where nothing happened."""
         self._settle()
-        totals: dict[str, Sum] = {}
-        for (label, _), part in sorted(self.sums.items()):
-            totals.setdefault(label, Sum()).add(part)
+        totals = {label: Sum() for label in get_args(Label)}
+        for (label, _), part in self.sums.items():
+            totals[label].add(part)
         return totals
 
     def summary(self) -> str:
         """The table, for all layers together and for each group of layers."""
-        totals = self.totals()
-        groups = itertools.groupby(sorted(self.sums, key=lambda key: key[::-1]), key=lambda key: key[1])
-        tables = {group: {label: self.sums[label, group] for label, _ in keys} for group, keys in groups}
         how = "on" if self.sync else "off"
-        title = f"[DUQUANT][PROFILE] fake quantization summary (cuda_sync={how})"
-        return "\n\n".join([_table(title, totals), *(_table(group, sums) for group, sums in tables.items())])
+        tables = {f"[DUQUANT][PROFILE] fake quantization summary (cuda_sync={how})": self.totals()}
+        for group in sorted({group for _, group in self.sums}):
+            found = {label: self.sums.get((label, group)) for label in get_args(Label)}
+            tables[group] = {label: part for label, part in found.items() if part}
+        return "\n\n".join(_table(title, sums) for title, sums in tables.items())
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes `profile.json`, the sums, and `trace.json` for chrome://tracing or Perfetto; makes the folder."""
         totals = {label: dataclasses.asdict(part) for label, part in self.totals().items()}
         groups = [{"label": label, "group": g} | dataclasses.asdict(part) for (label, g), part in self.sums.items()]
         folder.mkdir(parents=True, exist_ok=True)
-        values = {"cuda_sync": self.sync, "totals": totals, "groups": groups}
+        values = {"stamp": stamp(), "cuda_sync": self.sync, "totals": totals, "groups": groups}
         (folder / "profile.json").write_text(json.dumps(values, indent=1) + "\n")
         (folder / "trace.json").write_text(json.dumps({"traceEvents": self._trace, "displayTimeUnit": "ms"}))
 
@@ -212,7 +214,6 @@ def _table(title: str, sums: dict[str, Sum]) -> str:
     for label, part in sums.items():
         rate = part.bytes / part.seconds / 1e9 if part.seconds else 0.0
         total = part.seconds * 1e3
-        lines.append(
-            f"{label:<28} {part.calls:>8} {total:>12.2f} {total / part.calls:>10.3f} {part.elements:>16} {rate:>10.2f}"
-        )
+        average = total / part.calls if part.calls else 0.0
+        lines.append(f"{label:<28} {part.calls:>8} {total:>12.2f} {average:>10.3f} {part.elements:>16} {rate:>10.2f}")
     return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import pathlib
 import signal
 import socket
 import time
@@ -22,7 +21,7 @@ logger = logging.getLogger("openpi_duquant")
 
 
 def serve_policy(
-    checkpoint: tyro.conf.Positional[pathlib.Path],
+    checkpoint: tyro.conf.Positional[str],
     *,
     config: str = "pi05_libero_duquant",
     host: str = "127.0.0.1",
@@ -37,7 +36,8 @@ def serve_policy(
     /healthz answers once the policy is loaded and warm. SIGTERM and Ctrl-C end the server after the call in hand.
 
     Args:
-        checkpoint: Converted by convert-checkpoint, or an original one, which is converted first.
+        checkpoint: Converted by convert-checkpoint, or an original one, which is converted first; a folder, or a gs://
+            address.
         config: A config of openpi; its policy is quantized, whether or not its name ends in _duquant.
         host: Address to listen on; 0.0.0.0 for all, to anybody who can reach this machine.
         port: Port to listen on.
@@ -111,6 +111,6 @@ def _require_free(host: str, port: int) -> None:
         family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(address)
+            trial.bind((address[0], port, *address[2:]))  # getaddrinfo cuts a port above 65535 down
     except (OSError, OverflowError) as error:
         raise DuQuantError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from typing import Any
 
 from openpi.models import pi0_config
 from openpi.training import config as openpi_configs
@@ -30,14 +29,14 @@ class DuQuantPi0Config(pi0_config.Pi0Config):
     def load_pytorch(self, train_config: TrainConfig, weight_path: str) -> nn.Module:
         """The model of the checkpoint whose `model.safetensors` is given; the quantized layers are never in bf16.
 
-        What was loaded is recorded in the config's `policy_metadata`, under "duquant".
+        What was loaded is put into the config's `policy_metadata`, under "duquant".
 
         Raises:
             DuQuantError: As `loading.load_model`.
         """
         model = load_model(pathlib.Path(weight_path).parent, self, self.quantization)
-        if train_config.policy_metadata is not None:
-            train_config.policy_metadata["duquant"] = model.duquant
+        metadata = (train_config.policy_metadata or {}) | {"duquant": model.duquant}
+        object.__setattr__(train_config, "policy_metadata", metadata)  # which openpi gives to the policy next
         return model
 
     def create(self, rng: object) -> None:
@@ -103,9 +102,8 @@ def quantized_twin(config: TrainConfig, quantization: Quantization, name: str) -
     environment = quantization.environment
     if not environment.compile or environment.profile:
         own["pytorch_compile_mode"] = None
-    metadata: dict[str, Any] = dict(config.policy_metadata or {})
     model = DuQuantPi0Config(**own, quantization=quantization)
-    return dataclasses.replace(config, name=name, model=model, policy_metadata=metadata)
+    return dataclasses.replace(config, name=name, model=model)
 
 
 def _why_not(config: TrainConfig) -> str | None:

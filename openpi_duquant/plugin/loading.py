@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from openpi_duquant import kernels
 from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.linear import QuantLinear
@@ -44,12 +45,16 @@ def load_model(folder: pathlib.Path, config: Pi0ConfigLike, quantization: Quanti
         )
     if environment.profile:
         profile_until_exit(environment.profile, sync=environment.profile_sync)
-        logger.info("profiling runs without torch.compile and without CUDA graphs: inside them nothing is timed apart")
+        logger.warning(
+            "profiling runs without torch.compile and without CUDA graphs: inside them nothing is timed apart"
+        )
+    kernels.resolve(environment.backend)  # a conversion takes minutes: refuse before it
     folder = converted_folder(folder, quantization)
     manifest = Manifest.load(folder)
-    if manifest.architecture.pi05 != config.pi05:
-        names = {True: "pi0.5", False: "pi0"}
-        raise DuQuantError(f"{folder}: is a {names[not config.pi05]} checkpoint, the config is of {names[config.pi05]}")
+    for field in ("pi05", "action_dim"):
+        has, wanted = getattr(manifest.architecture, field), getattr(config, field)
+        if has != wanted:
+            raise DuQuantError(f"{folder}: its model has {field}={has}, the config {wanted}; take the config it is of")
     load = {"engine": EngineModel.load, "module": load_module}[environment.runtime]
     model = load(folder, manifest, config, backend=environment.backend)
     model.duquant = facts(model, manifest, environment.runtime)

@@ -55,15 +55,15 @@ def create_trained_policy(
     """
     from openpi.policies import policy_config  # noqa: PLC0415 - imports lerobot, which a look at configs does not need
 
+    model = train_config.model
+    own = model.quantization if isinstance(model, DuQuantPi0Config) else Quantization.from_environment()
+    twin = quantized_twin(train_config, own.but(duquant, runtime, backend), train_config.name)
     folder = download.maybe_download(str(checkpoint_dir))
     if not (folder / WEIGHTS_NAME).exists():
         raise DuQuantError(
             f"{folder}: has no {WEIGHTS_NAME}; turn a JAX checkpoint into PyTorch with openpi's "
             "examples/convert_jax_model_to_pytorch.py"
         )
-    model = train_config.model
-    own = model.quantization if isinstance(model, DuQuantPi0Config) else Quantization.from_environment()
-    twin = quantized_twin(train_config, own.but(duquant, runtime, backend), train_config.name)
     return policy_config.create_trained_policy(
         twin,
         folder,
