@@ -127,7 +127,7 @@ def _measure(
     rows = []
     with progress_bars() as bars:
         steps = bars.add_task("Comparing", total=1 + len(configs) * (len(BACKENDS) + 2))
-        original = trial.timed(load_policy(source, dtype=dtype))
+        original = trial.timed(load_policy(source, dtype=dtype, optimize=False))
         bars.advance(steps)
         for name, config in configs.items():
             task = bars.add_task(f"Converting with {name}", total=source_bytes)
@@ -150,7 +150,7 @@ def _compare(
     expected, original_seconds = original
     backends = {}
     for backend in BACKENDS:
-        policy = load_policy(converted, backend=backend, dtype=trial.dtype)
+        policy = load_policy(converted, backend=backend, dtype=trial.dtype, optimize=False)
         actions, seconds = trial.timed(policy)
         backends[backend] = {
             "action_error": relative_error(actions, expected),

@@ -28,6 +28,7 @@ def load_policy(
     backend: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    optimize: bool = True,
 ) -> Policy:
     """The policy of a checkpoint: quantized if `openpi-duquant convert-checkpoint` made it, else in floating point.
 
@@ -36,9 +37,11 @@ def load_policy(
         backend: Backend of the quantized layers, see `kernels.resolve`.
         dtype: Type of activations and of floating-point weights (fp32 where openpi computes in fp32).
         device: Where to put it.
+        optimize: Whether to prepare it for many calls, see `Policy.optimize_`; otherwise layers keep openpi's names.
 
     Raises:
-        DuQuantError: If a file is missing or damaged, or does not hold what its manifest says.
+        DuQuantError: If a file is missing or damaged, or does not hold what its manifest says; if the backend
+            cannot run.
     """
     folder = pathlib.Path(folder)
     with SafetensorsReader(folder) as reader:
@@ -49,7 +52,8 @@ def load_policy(
             layers, architecture = manifest.layers, manifest.architecture
         else:
             architecture = Architecture.infer(reader.shapes)
-        return assemble(architecture, reader, layers, backend=backend, dtype=dtype, device=device)
+        given = {"backend": backend, "dtype": dtype, "device": device, "optimize": optimize}
+        return assemble(architecture, reader, layers, **given)
 
 
 def assemble(
@@ -60,6 +64,7 @@ def assemble(
     backend: str,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    optimize: bool = False,
 ) -> Policy:
     """A policy of these tensors; they are looked up one by one, what it does not use never.
 
@@ -70,6 +75,7 @@ def assemble(
         backend: Their backend.
         dtype: Type of floating-point tensors (fp32 where openpi computes in fp32).
         device: Where to put them.
+        optimize: See `Policy.optimize_`.
 
     Raises:
         DuQuantError: If a tensor is missing or of a wrong shape, or the backend cannot run.
@@ -78,8 +84,11 @@ def assemble(
         policy = build_policy(architecture)
     place_quant_linears(policy, layers, backend=backend, dtype=dtype)
     _fill(policy, state, layers, dtype, device)
+    policy.requires_grad_(requires_grad=False).eval()
+    if optimize:
+        policy.optimize_()
     prepare_(policy)
-    return policy.requires_grad_(requires_grad=False).eval()
+    return policy
 
 
 def _fill(

@@ -81,7 +81,7 @@ class Policy(nn.Module, abc.ABC):
         """The action expert."""
         return self.paligemma_with_expert["gemma_expert"]["model"]
 
-    def optimize_(self) -> "Policy":
+    def optimize_(self) -> None:
         """For many calls with weights that do not change any more: merges layers, tabulates what depends on the time
         alone, and on a GPU runs calls of the same shapes as one CUDA graph.
         """
@@ -89,7 +89,6 @@ class Policy(nn.Module, abc.ABC):
             if module is not self and hasattr(module, "optimize_"):
                 module.optimize_()
         self.graphs = Graphs(self.compute)
-        return self
 
     @torch.no_grad()
     def sample_actions(self, observation: Observation, noise: Tensor, *, num_steps: int = 10) -> Tensor:

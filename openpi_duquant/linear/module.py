@@ -216,7 +216,7 @@ def name_layers(model: nn.Module) -> None:
 
 def add_residual(y: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
     """residual + gate * y; what is None is left out."""
-    y = y if gate is None else y * gate
+    y = y if gate is None else y * gate.to(y.dtype)
     return y if residual is None else residual + y
 
 
@@ -234,7 +234,7 @@ def apply_linear(
         x: [..., K], or [..., 2 K] for GeGLU, floating point.
         prologue: What is done to x first.
         residual: [..., N].
-        gate: [N], of the dtype of x.
+        gate: [N].
     """
     if isinstance(layer, QuantLinear):
         return layer.matmul(layer.quantize_input(x, prologue), x, residual, gate)

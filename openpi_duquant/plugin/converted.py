@@ -14,6 +14,7 @@ from openpi_duquant.checkpoint import SafetensorsReader
 from openpi_duquant.checkpoint.files import iter_bytes
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.config import cache_folder
 from openpi_duquant.conversion import convert
 from openpi_duquant.conversion import open_source
 from openpi_duquant.plugin.quantization import Quantization
@@ -31,7 +32,7 @@ def converted_folder(folder: pathlib.Path, quantization: Quantization) -> pathli
     with open_source(folder) as reader:
         key = conversion_key(reader, config)
         total = sum(iter_bytes(reader.types))
-    target = (packdir or pathlib.Path.home() / ".cache" / "openpi-duquant") / f"{folder.resolve().name}-{key}"
+    target = (packdir or cache_folder()) / f"{folder.resolve().name}-{key}"
     if target.exists():
         logger.info("%s is converted already: %s", folder, target)
         return target

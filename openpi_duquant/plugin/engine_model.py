@@ -37,10 +37,12 @@ class EngineModel(nn.Module):
         self.paligemma_with_expert = _AlreadyCast()
 
     @classmethod
-    def load(cls, folder: pathlib.Path, manifest: Manifest, config: Pi0ConfigLike, *, backend: str) -> "EngineModel":
+    def load(
+        cls, folder: pathlib.Path, manifest: Manifest, config: Pi0ConfigLike, *, backend: str, device: str
+    ) -> "EngineModel":
         """The engine of a converted checkpoint; raises DuQuantError as `engine.load_policy`."""
         del manifest
-        return cls(load_policy(folder, backend=backend, dtype=getattr(torch, config.dtype)), config)
+        return cls(load_policy(folder, backend=backend, dtype=getattr(torch, config.dtype), device=device), config)
 
     @torch.no_grad()
     def sample_actions(

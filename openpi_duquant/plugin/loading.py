@@ -5,6 +5,7 @@ import logging
 import pathlib
 from typing import Any
 
+import torch
 from torch import nn
 
 from openpi_duquant import kernels
@@ -23,7 +24,7 @@ logger = logging.getLogger("openpi_duquant")
 
 
 def load_model(folder: pathlib.Path, config: Pi0ConfigLike, quantization: Quantization) -> nn.Module:
-    """The quantized model of a checkpoint; an original one is converted first, once.
+    """The quantized model of a checkpoint, on its device; an original one is converted first, once.
 
     Args:
         folder: The checkpoint.
@@ -48,15 +49,16 @@ def load_model(folder: pathlib.Path, config: Pi0ConfigLike, quantization: Quanti
         logger.warning(
             "profiling runs without torch.compile and without CUDA graphs: inside them nothing is timed apart"
         )
-    kernels.resolve(environment.backend)  # a conversion takes minutes: refuse before it
+    kernels.check_name(environment.backend)  # a conversion takes minutes: refuse before it
     folder = converted_folder(folder, quantization)
     manifest = Manifest.load(folder)
     for field in ("pi05", "action_dim"):
         has, wanted = getattr(manifest.architecture, field), getattr(config, field)
         if has != wanted:
             raise DuQuantError(f"{folder}: its model has {field}={has}, the config {wanted}; take the config it is of")
+    device = quantization.device or ("cuda" if torch.cuda.is_available() else "cpu")
     load = {"engine": EngineModel.load, "module": load_module}[environment.runtime]
-    model = load(folder, manifest, config, backend=environment.backend)
+    model = load(folder, manifest, config, backend=environment.backend, device=device)
     model.duquant = facts(model, manifest, environment.runtime)
     logger.info("%s: %s", folder, describe(model.duquant))
     if environment.debug:
@@ -64,6 +66,8 @@ def load_model(folder: pathlib.Path, config: Pi0ConfigLike, quantization: Quanti
             logger.info("%s: %s", name, spec)
     if environment.profile:
         name_layers(model)
+        if isinstance(model, EngineModel):
+            model.policy.graphs = None
     return model
 
 
@@ -72,13 +76,12 @@ def facts(model: nn.Module, manifest: Manifest, runtime: str) -> dict[str, Any]:
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     return {
         "layers": manifest.counts["layers"],
-        "layers_run": len(layers),  # the engine leaves out those whose output nothing reads
         "quantized_parameters": manifest.counts["quantized_parameters"],
         "quantized_bytes": manifest.counts["quantized_bytes"],
         "bytes": manifest.counts["bytes"],
         "config": manifest.config.to_json(),
         "runtime": runtime,
-        "backends": sorted({layer.backend for layer in layers}),
+        "backends": sorted({layer.running or layer.backend for layer in layers}),
         "sha256": manifest.sha256,
         "source_sha256": manifest.source["sha256"],
         "versions": {name: importlib.metadata.version(name) for name in ("openpi-duquant", "torch", "numpy")},

@@ -1,6 +1,7 @@
 """`create_trained_policy` with openpi's signature."""
 
 from collections.abc import Mapping
+import dataclasses
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,8 @@ def create_trained_policy(
 
     model = train_config.model
     own = model.quantization if isinstance(model, DuQuantPi0Config) else Quantization.from_environment()
-    twin = quantized_twin(train_config, own.but(duquant, runtime, backend), train_config.name)
+    quantization = dataclasses.replace(own.but(duquant, runtime, backend), device=pytorch_device)
+    twin = quantized_twin(train_config, quantization, train_config.name)
     folder = download.maybe_download(str(checkpoint_dir))
     if not (folder / WEIGHTS_NAME).exists():
         raise DuQuantError(

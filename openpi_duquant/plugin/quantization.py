@@ -18,11 +18,13 @@ class Quantization:
         config: What an original checkpoint is converted with.
         asked: Fields of `config` that somebody asked for: a converted checkpoint must have been converted with them.
         environment: Runtime, backend and the other switches.
+        device: Where the model is made; as openpi chooses, where there is none.
     """
 
     config: DuQuantConfig = dataclasses.field(default_factory=DuQuantConfig)
     asked: tuple[str, ...] = ()
     environment: Environment = dataclasses.field(default_factory=Environment)
+    device: str | None = None
 
     @classmethod
     def from_environment(cls) -> "Quantization":

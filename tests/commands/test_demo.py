@@ -115,7 +115,7 @@ def test_layer_errors_are_those_on_the_originals_inputs(
 
         return compare
 
-    policy = load_policy(source, dtype=torch.float32)
+    policy = load_policy(source, dtype=torch.float32, optimize=False)
     for name in squares:
         policy.get_submodule(name).register_forward_hook(hook(name))
     actions(policy)
@@ -143,7 +143,7 @@ def test_folds_are_taken_into_account(
         step = abs(x).max(1, keepdims=True) / 127
         errors.append(np.linalg.norm(np.round(x / step) * step @ (codes * scale).T - y) / np.linalg.norm(y))
 
-    policy = load_policy(source, dtype=torch.float32)
+    policy = load_policy(source, dtype=torch.float32, optimize=False)
     policy.get_submodule(layer + "q_proj").register_forward_hook(compare)
     actions(policy)
     assert [demo[2]["presets"][0]["layer_errors"][layer + "q_proj"]] == pytest.approx(errors, rel=2e-3)
