@@ -69,7 +69,8 @@ class Policy(nn.Module, abc.ABC):
     @property
     def device(self) -> torch.device:
         """Where calls are computed."""
-        return self.action_in_proj.weight.device
+        vision = self.paligemma_with_expert["paligemma"]["model"]["vision_tower"]["vision_model"]
+        return vision.embeddings["patch_embedding"].weight.device
 
     @property
     def embedding(self) -> HostEmbedding:
