@@ -16,7 +16,7 @@ from openpi_duquant.kernels.backend import Problem
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["AUTO", "BACKENDS", "Backend", "Problem", "check_name", "load", "resolve"]
+__all__ = ["AUTO", "BACKENDS", "Backend", "Problem", "check_name", "load", "require", "resolve"]
 
 BACKENDS: dict[str, Backend] = {
     "triton": triton_matmul.BACKEND,
@@ -33,6 +33,15 @@ def check_name(name: str) -> None:
     """Raises DuQuantError unless `name` is "auto" or a backend; names those there are."""
     if name != "auto" and name not in BACKENDS:
         raise DuQuantError(f"unknown backend {name!r}: this version has auto, {', '.join(BACKENDS)}")
+
+
+def require(name: str, problems: Iterable[Problem], device: torch.device) -> None:
+    """Raises DuQuantError if a backend that is named cannot run one of these problems; nothing is built or loaded."""
+    check_name(name)
+    for problem in dict.fromkeys(problems) if name != "auto" else ():
+        runs, reasons = BACKENDS[name].can_run(problem, device)
+        if not runs:
+            raise DuQuantError(f"backend {name} cannot run: {'; '.join(reasons)} ({problem} on {device})")
 
 
 def load(name: str, problems: Iterable[Problem], device: torch.device) -> None:

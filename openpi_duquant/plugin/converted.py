@@ -8,6 +8,7 @@ import pathlib
 
 import torch
 
+from openpi_duquant import kernels
 from openpi_duquant.checkpoint import MANIFEST_NAME
 from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.checkpoint import SafetensorsReader
@@ -16,6 +17,7 @@ from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.config import cache_folder
 from openpi_duquant.conversion import convert
+from openpi_duquant.conversion import make_plan
 from openpi_duquant.conversion import open_source
 from openpi_duquant.plugin.quantization import Quantization
 from openpi_duquant.progress import progress_bar
@@ -28,19 +30,21 @@ def converted_folder(folder: pathlib.Path, quantization: Quantization) -> pathli
     if (folder / MANIFEST_NAME).exists():
         _require_as_asked(folder, Manifest.load(folder).config, quantization)
         return folder
-    config, packdir = quantization.config, quantization.environment.packdir
+    config, environment = quantization.config, quantization.environment
     with open_source(folder) as reader:
+        layers = make_plan(reader.types, config).layers.values()
+        problems = [spec.problem(torch.bfloat16) for spec in layers]
+        kernels.require(environment.backend, problems, torch.device(quantization.place))  # before minutes of work
         key = conversion_key(reader, config)
         total = sum(iter_bytes(reader.types))
-    target = (packdir or cache_folder()) / f"{folder.resolve().name}-{key}"
+    target = (environment.packdir or cache_folder()) / f"{folder.resolve().name}-{key}"
     if target.exists():
         logger.info("%s is converted already: %s", folder, target)
         return target
     logger.warning("%s is not converted; converting it once, to %s", folder, target)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         with progress_bar(f"Converting {folder.name}", total) as progress:
-            convert(folder, target, config, device=device, progress=progress)
+            convert(folder, target, config, device=quantization.place, progress=progress)
     except DuQuantError:
         if not target.exists():  # else another process has converted it meanwhile
             raise

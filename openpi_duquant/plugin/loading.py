@@ -5,7 +5,6 @@ import logging
 import pathlib
 from typing import Any
 
-import torch
 from torch import nn
 
 from openpi_duquant import kernels
@@ -56,9 +55,8 @@ def load_model(folder: pathlib.Path, config: Pi0ConfigLike, quantization: Quanti
         has, wanted = getattr(manifest.architecture, field), getattr(config, field)
         if has != wanted:
             raise DuQuantError(f"{folder}: its model has {field}={has}, the config {wanted}; take the config it is of")
-    device = quantization.device or ("cuda" if torch.cuda.is_available() else "cpu")
     load = {"engine": EngineModel.load, "module": load_module}[environment.runtime]
-    model = load(folder, manifest, config, backend=environment.backend, device=device)
+    model = load(folder, manifest, config, backend=environment.backend, device=quantization.place)
     model.duquant = facts(model, manifest, environment.runtime)
     logger.info("%s: %s", folder, describe(model.duquant))
     if environment.debug:

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+import torch
+
 from openpi_duquant.config import RUNTIMES
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
@@ -18,13 +20,18 @@ class Quantization:
         config: What an original checkpoint is converted with.
         asked: Fields of `config` that somebody asked for: a converted checkpoint must have been converted with them.
         environment: Runtime, backend and the other switches.
-        device: Where the model is made; as openpi chooses, where there is none.
+        device: Where the model is asked to be; none for openpi's choice, the GPU where there is one.
     """
 
     config: DuQuantConfig = dataclasses.field(default_factory=DuQuantConfig)
     asked: tuple[str, ...] = ()
     environment: Environment = dataclasses.field(default_factory=Environment)
     device: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the model is made."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     @classmethod
     def from_environment(cls) -> "Quantization":

@@ -127,7 +127,7 @@ def test_after_creation_scales_are_float32_and_weights_are_packed(stock: Stock, 
     storages = {}
     for name, layer in quant_linears(policy).items():
         tensors = dict(layer.named_buffers())
-        spec = manifest.layers[name.removeprefix("policy.")].tensors()
+        spec = manifest.layers[name].tensors() if runtime == "module" else layer.spec.tensors()
         assert {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()} == spec
         assert (tensors["weight_packed"].dtype, tensors["weight_scale"].dtype) == (torch.uint8, torch.float32)
         assert not list(layer.parameters())

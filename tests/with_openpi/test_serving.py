@@ -170,14 +170,14 @@ def test_clients_at_once_get_their_own_answers(
     ours: tuple[int, pathlib.Path], example: Example, in_process: Callable[..., np.ndarray]
 ) -> None:
     port, _ = ours
-    seeds = (3, 4)
-    with clients(port, len(seeds)) as connected, concurrent.futures.ThreadPoolExecutor() as pool:
+    seen = [example("libero", seed) for seed in (3, 4)]
+    with clients(port, len(seen)) as connected, concurrent.futures.ThreadPoolExecutor() as pool:
 
-        def ask(policy: Any, seed: int) -> list[np.ndarray]:
-            return [policy.infer(example("libero", seed))["actions"] for _ in range(3)]
+        def ask(policy: Any, observation: dict[str, Any]) -> list[np.ndarray]:
+            return [policy.infer(observation)["actions"] for _ in range(3)]
 
-        answers = list(pool.map(ask, connected, seeds))
-    expected = [in_process(example("libero", seed)) for seed in seeds]
+        answers = list(pool.map(ask, connected, seen))
+    expected = [in_process(observation) for observation in seen]
     assert not np.array_equal(*expected)
     for own, mine in zip(answers, expected):
         for answer in own:
