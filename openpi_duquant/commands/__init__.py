@@ -8,6 +8,8 @@ import sys
 import tyro
 
 from openpi_duquant.commands.bench_convert import bench_convert
+from openpi_duquant.commands.bench_linear import bench_linear
+from openpi_duquant.commands.build_kernels import build_kernels
 from openpi_duquant.commands.convert_checkpoint import convert_checkpoint
 from openpi_duquant.commands.convert_checkpoint import defaults
 from openpi_duquant.commands.demo import demo
@@ -22,7 +24,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "make-checkpoint": make_checkpoint,
     "demo": demo,
     "doctor": doctor,
+    "build-kernels": build_kernels,
     "bench-convert": bench_convert,
+    "bench-linear": bench_linear,
 }
 
 

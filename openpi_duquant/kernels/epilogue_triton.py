@@ -62,7 +62,7 @@ def _epilogue(
             rotation = rotation.to(tl.bfloat16)
             y = tl.dot(high, rotation, tl.dot(low, rotation)) * NORM
         else:
-            y = tl.dot(y, rotation, input_precision="tf32x3") * NORM  # its entries, of bf16, are exact in tf32
+            y = tl.dot(y, rotation, input_precision="ieee") * NORM
     if HAS_BIAS:
         y += tl.load(bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)

@@ -1,6 +1,7 @@
 """Building operators: a process with BitBLAS in it generates and compiles them into the cache."""
 
 from collections.abc import Iterable
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -63,20 +64,23 @@ def build(operators: Iterable[Operator], architecture: str) -> pathlib.Path:
 
 def _run(job: dict[str, object], title: str) -> None:
     total = len(job["operators"])
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", _GENERATE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
+    command, pipe = [sys.executable, "-m", _GENERATE], subprocess.PIPE
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as process,
+    ):
         try:
-            with process.stdin as stdin:
-                json.dump(job, stdin)
+            with (
+                contextlib.suppress(BrokenPipeError),
+                process.stdin,
+            ):  # if it has failed already, its exit status says so
+                json.dump(job, process.stdin)
             lines = track(process.stdout, title, total, console=Console(stderr=True))
             done = sum(line.startswith("bitblas_") for line in lines)
-            process.wait()
-        finally:
-            process.kill()
-            process.wait()
-        if process.returncode or done < total:
+        except BaseException:
+            process.terminate()
+            raise
+        if process.wait() or done < total:
             errors.seek(0)
             tail = " ".join(errors.read()[-2000:].split())
             raise DuQuantError(f"{title} failed after {done}: {tail or 'no output'}")

@@ -2,20 +2,18 @@
 
 from collections.abc import Iterable
 import importlib.util
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from openpi_duquant import packing
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.kernels import reference
 from openpi_duquant.kernels.backend import Problem
 from openpi_duquant.kernels.bitblas import build
 from openpi_duquant.kernels.bitblas import cache
 from openpi_duquant.kernels.bitblas import driver
 from openpi_duquant.kernels.bitblas import operators
-from openpi_duquant.kernels.bitblas.matmul import KERNELS
-from openpi_duquant.kernels.bitblas.matmul import accumulate
+from openpi_duquant.kernels.bitblas.launch import KERNELS
+from openpi_duquant.kernels.bitblas.self_test import self_test
 from openpi_duquant.kernels.epilogue import LARGEST_BLOCK
 
 _DTYPES = {
@@ -23,15 +21,12 @@ _DTYPES = {
     "w8a8": (torch.int8, torch.int8),
     "w4a16": (torch.float16, torch.uint8),
 }
-_REPEATS = 4
-_ORACLE_ELEMENTS = 2**22  # of fp64 weights at a time: 32 MB
-
-_refused: dict[tuple[int, ...], str] = {}
+_faults: dict[tuple[Any, ...], str] = {}
 
 
 def can_run(problem: Problem, device: torch.device) -> tuple[bool, list[str]]:
     """See `Backend.can_run`."""
-    reasons = _unsupported(problem)
+    reasons = unsupported(problem)
     if device.type != "cuda":
         reasons.append(f"it needs a CUDA device, not {device.type}")
     elif torch.cuda.get_device_capability(device) < (8, 0):
@@ -43,7 +38,7 @@ def can_run(problem: Problem, device: torch.device) -> tuple[bool, list[str]]:
     return not reasons, reasons
 
 
-def _unsupported(problem: Problem) -> list[str]:
+def unsupported(problem: Problem) -> list[str]:
     """Reasons that lie in the layer itself."""
     reasons = []
     if operators.kind_of(problem) not in _DTYPES:
@@ -97,15 +92,21 @@ def load(problems: Iterable[Problem], device: torch.device) -> None:
     if missing:
         build.build(missing, where[0])
     for key, problem in wanted.items():
-        if key not in _refused:
-            KERNELS[key] = tuple(_load(operator, where, key[0]) for operator in operators.operators(problem))
-            fault = self_test(problem, torch.device("cuda", key[0]))
-            if fault:
-                _refused[key] = fault
-                del KERNELS[key]
-    for key in wanted:
-        if key in _refused:
-            raise DuQuantError(_refused[key])
+        if key not in _faults and (fault := _start(key, problem, where)):
+            _faults[key] = fault
+            KERNELS.pop(key, None)
+    found = dict.fromkeys(_faults[key] for key in wanted if key in _faults)
+    if found:
+        raise DuQuantError("; ".join(found))
+
+
+def _start(key: tuple[Any, ...], problem: Problem, where: tuple[str, tuple[int, int]]) -> str | None:
+    """Loads and tests the operators of one problem; returns what is wrong with them."""
+    try:
+        KERNELS[key] = tuple(_load(operator, where, key[0]) for operator in operators.operators(problem))
+    except DuQuantError as error:
+        return str(error)
+    return self_test(problem, torch.device("cuda", key[0]))
 
 
 def _load(operator: operators.Operator, where: tuple[str, tuple[int, int]], device: int) -> driver.Kernel:
@@ -117,45 +118,3 @@ def _load(operator: operators.Operator, where: tuple[str, tuple[int, int]], devi
         return driver.load(code, operator.name, launch, device)
     except (DuQuantError, OSError, ValueError, KeyError) as error:
         raise DuQuantError(f"{entry.path}: {error}; delete it and the .cubin beside it") from None
-
-
-def self_test(problem: Problem, device: torch.device) -> str | None:
-    """Compares accumulators with integer arithmetic: full range, odd numbers of tokens, repeatedly.
-
-    Returns:
-        What was wrong and how to report it, or None.
-    """
-    random = torch.Generator(device).manual_seed(0)
-    n, k = problem.out_features, problem.in_features
-    shape, dtype = ((n, k // 2), torch.uint8) if problem.weight_bits == 4 else ((n, k), torch.int8)
-    canonical = torch.randint(0, 256, shape, generator=random, device=device, dtype=torch.uint8).view(dtype)
-    weight = operators.repack(problem, canonical)
-    for operator, tokens in zip(
-        operators.operators(problem), ((1, 3, operators.SMALL - 1), (operators.SMALL + 1, 127))
-    ):
-        for m in tokens:
-            codes = torch.randint(-127, 128, (m, k), generator=random, device=device, dtype=torch.int8)
-            expected = _oracle(codes, canonical)
-            for _ in range(_REPEATS):
-                wrong = (integers(codes, weight, problem) != expected).sum().item()
-                if wrong:
-                    return (
-                        f"{operator.name} computed {wrong} of {expected.numel()} sums wrongly for {m} tokens on "
-                        f"{torch.cuda.get_device_name(device)}; please report this line and what openpi-duquant "
-                        "doctor shows as an issue of openpi-duquant"
-                    )
-    return None
-
-
-def integers(codes: Tensor, weight: Tensor, problem: Problem) -> Tensor:
-    """Accumulators [M, N] of codes [M, K] and a repacked weight, as int32."""
-    if problem.activation_bits == 16:
-        return accumulate(codes.half(), weight).to(torch.int32)
-    sums = accumulate(codes, weight)
-    return sums - 8 * codes.sum(1, keepdim=True, dtype=torch.int32) if problem.weight_bits == 4 else sums
-
-
-def _oracle(codes: Tensor, canonical: Tensor) -> Tensor:
-    rows = max(1, _ORACLE_ELEMENTS // codes.shape[1])
-    parts = [reference.integer_matmul(codes, packing.unpack(part)) for part in canonical.split(rows)]
-    return torch.cat(parts, dim=1)

@@ -5,11 +5,11 @@ from torch import Tensor
 
 from openpi_duquant import transforms
 from openpi_duquant.kernels.bitblas.driver import Kernel
-from openpi_duquant.kernels.bitblas.operators import SMALL
+from openpi_duquant.kernels.bitblas.operators import bucket
 from openpi_duquant.kernels.epilogue import epilogue
 
-KERNELS: dict[tuple[int, torch.dtype, torch.dtype, int, int], tuple[Kernel, Kernel]] = {}
-"""Kernels for few and for many tokens, by device, dtypes of activation and weight, N and K; filled by `loading`."""
+KERNELS: dict[tuple[int, torch.dtype, torch.dtype, int, int], tuple[Kernel, ...]] = {}
+"""Kernels for few, some and many tokens, by device, dtypes of activation and weight, N and K; filled by `loading`."""
 
 
 def matmul(
@@ -59,7 +59,7 @@ def _on_gpu(a: Tensor, weight: Tensor) -> Tensor:
     device, (m, k), n = a.device.index, a.shape, len(weight)
     out = _fake(a, weight)
     if m:
-        kernel = KERNELS[device, a.dtype, weight.dtype, n, k][m > SMALL]
+        kernel = KERNELS[device, a.dtype, weight.dtype, n, k][bucket(m)]
         if device == torch.cuda.current_device():
             kernel(a.contiguous(), weight, out)
         else:
