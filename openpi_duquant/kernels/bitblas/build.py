@@ -70,10 +70,7 @@ def _run(job: dict[str, object], title: str) -> None:
         subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as process,
     ):
         try:
-            with (
-                contextlib.suppress(BrokenPipeError),
-                process.stdin,
-            ):  # if it has failed already, its exit status says so
+            with contextlib.suppress(BrokenPipeError), process.stdin:  # its exit status says why
                 json.dump(job, process.stdin)
             lines = track(process.stdout, title, total, console=Console(stderr=True))
             done = sum(line.startswith("bitblas_") for line in lines)
