@@ -56,7 +56,7 @@ def measure(m: int, n: int, k: int, backend: str, rates: Mapping[str, float]) ->
     moved = n * k * per_weight + m * k * (2 if backend == "bf16 cuBLAS" else 1) + 2 * m * n
     rate = rates[_CEILING.get(backend, "int8 TOP/s")]
     floor = max(operations / rate, moved / rates["memory TB/s"]) / 1e6
-    if row["matmul"]:
+    if "matmul" in row:
         row |= {"tops": operations / row["matmul"] / 1e6, "roofline": floor / row["matmul"]}
     return _NOTHING | {"note": ""} | row
 

@@ -81,7 +81,7 @@ def kind_of(problem: Problem) -> str:
 def operators(problem: Problem) -> tuple[Operator, Operator, Operator]:
     """The operators for few, some and many tokens (see `BUCKETS`); some of them may be the same."""
     kind, n, k = kind_of(problem), problem.out_features, padded(problem.in_features)
-    tiles = _FLOAT16 if kind == "w4a16" else _tiles(n, k)
+    tiles = _FLOAT16 if kind == "w4a16" else _tiles(kind, n, k)
     few, some, many = (Operator(kind, n, k, _fit(choice, n, k)) for choice in tiles)
     return few, some, many
 
@@ -93,7 +93,8 @@ def bucket(tokens: int) -> int:
 
 # Measured on an H200 at the shapes of pi0.5, M = 10 and 50, 536, 968: see docs/kernels.md.
 _NARROW = Tile(4, 1, 16, 16, 256, 4)
-_WIDE = Tile(1, 4, 16, 16, 256, 3)
+_WIDE = Tile(1, 4, 16, 16, 256, 4)
+_WIDE_AND_DEEP = Tile(1, 4, 16, 16, 256, 5)
 _SLIM = Tile(2, 2, 32, 16, 256, 3)
 _SQUARE = Tile(2, 2, 32, 32, 128, 3)
 _LARGE = Tile(2, 4, 64, 32, 128, 3)
@@ -101,11 +102,12 @@ _FLOAT16 = (Tile(1, 1, 16, 16, 64, 2),), (Tile(2, 1, 32, 16, 64, 2),), (Tile(2, 
 _SQUARE_FOR_MANY = (2560, 2048)  # q, k and v together: large tiles would make two waves, the second almost empty
 
 
-def _tiles(n: int, k: int) -> tuple[tuple[Tile, ...], ...]:
+def _tiles(kind: str, n: int, k: int) -> tuple[tuple[Tile, ...], ...]:
     """For few, some and many tokens: tiles in order of preference, of which the last divides any N."""
     if n <= 512:
         return (_NARROW,), (_SLIM, _NARROW), (_SLIM, _NARROW)
-    few = (_WIDE, _NARROW) if n * k > 2**21 else (_NARROW,)
+    deep = kind == "w4a8" and n < 8192  # int8 weights of five steps do not fit a small GPU's shared memory
+    few = _WIDE_AND_DEEP if deep else _WIDE, _NARROW
     some = _SQUARE, _SLIM, _NARROW
     return few, some, some if (n, k) == _SQUARE_FOR_MANY else (_LARGE, *some)
 
