@@ -135,19 +135,22 @@ def _number(value: float | None) -> str:
 
 
 def _chart(results: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Bars of matmul and epilogue, for the fewest and the most tokens, of the backends that are meant to be fast."""
+    """Bars of matmul and epilogue beside bf16, for the expert's and for the language model's number of tokens."""
     tokens = sorted({row["m"] for row in results["rows"]})
     shown = [m for m in (10, 968) if m in tokens] or tokens[:1]
     names = [name for name in (*BASELINES, *kernels.BACKENDS) if name not in ("reference", "fake")]
     figure = Figure(figsize=(12, 4.5 * len(shown)), layout="constrained")
     for axes, m in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown):
+        rows = [row for row in results["rows"] if row["m"] == m and row["matmul"]]
+        unit = {row["layer"]: row["matmul"] for row in rows if row["backend"] == BASELINES[0]}
         for index, name in enumerate(names):
-            rows = [row for row in results["rows"] if (row["m"], row["backend"]) == (m, name) and row["matmul"]]
-            places = [list(SHAPES).index(row["layer"]) + (index - 1) * 0.25 for row in rows]
-            matmul, epilogue = [row["matmul"] for row in rows], [row["epilogue"] or 0 for row in rows]
-            bars = axes.bar(places, matmul, 0.25, label=name)
-            axes.bar(places, epilogue, 0.25, matmul, color=bars[0].get_facecolor() if rows else None, alpha=0.4)
-        axes.set(title=f"M = {m}: matmul, and epilogue (pale)", ylabel="microseconds", yscale="log")
+            bars = [row for row in rows if row["backend"] == name and row["layer"] in unit]
+            places = [list(SHAPES).index(row["layer"]) + (index - 1) * 0.25 for row in bars]
+            matmul = [row["matmul"] / unit[row["layer"]] for row in bars]
+            epilogue = [(row["epilogue"] or 0) / unit[row["layer"]] for row in bars]
+            axes.bar(places, matmul, 0.25, label=name, color=f"C{index}")
+            axes.bar(places, epilogue, 0.25, matmul, color=f"C{index}", alpha=0.4)
+        axes.set(title=f"M = {m}: matmul, and epilogue (pale)", ylabel="time, of bf16 cuBLAS")
         axes.set_xticks(range(len(SHAPES)), list(SHAPES), rotation=30, ha="right")
         axes.legend()
     figure.savefig(path, dpi=120)
