@@ -148,8 +148,9 @@ def _chart(results: Mapping[str, Any], path: pathlib.Path) -> None:
             places = [list(SHAPES).index(row["layer"]) + (index - 1) * 0.25 for row in bars]
             matmul = [row["matmul"] / unit[row["layer"]] for row in bars]
             epilogue = [(row["epilogue"] or 0) / unit[row["layer"]] for row in bars]
-            axes.bar(places, matmul, 0.25, label=name, color=f"C{index}")
-            axes.bar(places, epilogue, 0.25, matmul, color=f"C{index}", alpha=0.4)
+            if bars:
+                axes.bar(places, matmul, 0.25, label=name, color=f"C{index}")
+                axes.bar(places, epilogue, 0.25, matmul, color=f"C{index}", alpha=0.4)
         axes.set(title=f"M = {m}: matmul, and epilogue (pale)", ylabel="time, of bf16 cuBLAS")
         axes.set_xticks(range(len(SHAPES)), list(SHAPES), rotation=30, ha="right")
         axes.legend()

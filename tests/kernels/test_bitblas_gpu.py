@@ -249,6 +249,8 @@ def test_one_weight_is_kept() -> None:
     assert torch.cuda.memory_allocated() - before <= tensors + 4096
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_compiled_without_a_graph_break() -> None:
     layers = [filled(SPECS[name], "bitblas").to(GPU) for name in ("default", "W8", "restored")]
 
@@ -260,6 +262,7 @@ def test_compiled_without_a_graph_break() -> None:
         assert (compiled.double() - eager.double()).norm() <= 1e-2 * eager.double().norm()
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 def test_the_profiler_shows_the_kernels_of_bitblas() -> None:
     layer, x = filled(SPEC, "bitblas").to(GPU), torch.randn(10, 1024, device=GPU, dtype=torch.bfloat16)
     layer(x)
