@@ -135,23 +135,24 @@ def _number(value: float | None) -> str:
 
 
 def _chart(results: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Bars of matmul and epilogue beside bf16, for the expert's and for the language model's number of tokens."""
+    """Bars of matmul and epilogue, beside bf16 where that was measured, for the expert's and the language model's M."""
     tokens = sorted({row["m"] for row in results["rows"]})
     shown = [m for m in (10, 968) if m in tokens] or tokens[:1]
     names = [name for name in (*BASELINES, *kernels.BACKENDS) if name not in ("reference", "fake")]
     figure = Figure(figsize=(12, 4.5 * len(shown)), layout="constrained")
     for axes, m in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown):
         rows = [row for row in results["rows"] if row["m"] == m and row["matmul"]]
-        unit = {row["layer"]: row["matmul"] for row in rows if row["backend"] == BASELINES[0]}
+        bf16 = {row["layer"]: row["matmul"] for row in rows if row["backend"] == BASELINES[0]}
         for index, name in enumerate(names):
-            bars = [row for row in rows if row["backend"] == name and row["layer"] in unit]
+            bars = [row for row in rows if row["backend"] == name and (row["layer"] in bf16 or not bf16)]
             places = [list(SHAPES).index(row["layer"]) + (index - 1) * 0.25 for row in bars]
-            matmul = [row["matmul"] / unit[row["layer"]] for row in bars]
-            epilogue = [(row["epilogue"] or 0) / unit[row["layer"]] for row in bars]
+            matmul = [row["matmul"] / bf16.get(row["layer"], 1) for row in bars]
+            epilogue = [(row["epilogue"] or 0) / bf16.get(row["layer"], 1) for row in bars]
             if bars:
                 axes.bar(places, matmul, 0.25, label=name, color=f"C{index}")
                 axes.bar(places, epilogue, 0.25, matmul, color=f"C{index}", alpha=0.4)
-        axes.set(title=f"M = {m}: matmul, and epilogue (pale)", ylabel="time, of bf16 cuBLAS")
+        unit = "time, of bf16 cuBLAS" if bf16 else "microseconds"
+        axes.set(title=f"M = {m}: matmul, and epilogue (pale)", ylabel=unit)
         axes.set_xticks(range(len(SHAPES)), list(SHAPES), rotation=30, ha="right")
         axes.legend()
     figure.savefig(path, dpi=120)

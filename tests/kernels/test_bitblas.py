@@ -16,6 +16,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import Problem
 from openpi_duquant.kernels.bitblas import build
 from openpi_duquant.kernels.bitblas import cache
+from openpi_duquant.kernels.bitblas import driver
 from openpi_duquant.kernels.bitblas import launch
 from openpi_duquant.kernels.bitblas import loading
 from openpi_duquant.kernels.bitblas import operators
@@ -257,3 +258,20 @@ def test_float16_cannot_overflow() -> None:
     assert half.abs().max() <= 1
     torch.testing.assert_close(half.double() * scale.double(), a.double(), rtol=1e-3, atol=1e30)
     torch.testing.assert_close((half.double() * scale.double())[2], a[2].double(), rtol=1e-3, atol=1e-36)
+
+
+def test_a_build_that_failed_is_not_tried_again_for_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def fail(wanted: list[Operator], architecture: str) -> None:
+        tried.append((len(wanted), architecture))
+        raise DuQuantError("ptxas: out of registers")
+
+    monkeypatch.setattr(loading, "architecture", lambda _: "sm_90")
+    monkeypatch.setattr(driver, "version", lambda: (13, 0))
+    monkeypatch.setattr(build, "build", fail)
+    monkeypatch.setattr(loading, "_faults", {})
+    for _ in range(3):
+        with pytest.raises(DuQuantError, match="ptxas: out of registers"):
+            loading.load([W4A8], torch.device("cuda", 0))
+    assert tried == [(3, "sm_90")]

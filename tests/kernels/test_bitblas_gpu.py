@@ -16,6 +16,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import Problem
 from openpi_duquant.kernels import reference
 from openpi_duquant.kernels.bitblas import build
+from openpi_duquant.kernels.bitblas import cache
 from openpi_duquant.kernels.bitblas import launch
 from openpi_duquant.kernels.bitblas import loading
 from openpi_duquant.kernels.bitblas import operators
@@ -281,10 +282,11 @@ def exchanged(monkeypatch: pytest.MonkeyPatch) -> Problem:
     where = loading.architecture(GPU), loading.driver.version()
     right = loading._load
 
-    def load(operator: operators.Operator, *place: object) -> object:
+    def load(operator: operators.Operator, entry: cache.Entry, device: int) -> object:
         if operator == operators.operators(what)[2]:
-            return right(operators.operators(other)[2], where, 0)
-        return right(operator, *place)
+            operator = operators.operators(other)[2]
+            entry = cache.find(operator.name, *where)
+        return right(operator, entry, device)
 
     monkeypatch.setattr(loading, "_load", load)
     monkeypatch.setattr(loading, "KERNELS", fresh := {})

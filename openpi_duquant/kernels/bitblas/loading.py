@@ -22,6 +22,7 @@ _DTYPES = {
     "w4a16": (torch.float16, torch.uint8),
 }
 _faults: dict[tuple[Any, ...], str] = {}
+"""What was wrong with a problem's kernels, so that not every layer alike tries again."""
 
 
 def can_run(problem: Problem, device: torch.device) -> tuple[bool, list[str]]:
@@ -86,13 +87,13 @@ def load(problems: Iterable[Problem], device: torch.device) -> None:
     wanted = {_key(problem, device): problem for problem in problems if not _is_loaded(problem, device)}
     if not wanted:
         return
-    needed = [operator for problem in wanted.values() for operator in operators.operators(problem)]
+    fresh = [problem for key, problem in wanted.items() if key not in _faults]
+    needed = [operator for problem in fresh for operator in operators.operators(problem)]
     where = architecture(device), driver.version()
     missing = [operator for operator in needed if cache.find(operator.name, *where) is None]
-    if missing:
-        build.build(missing, where[0])
+    failure = _build(missing, where[0]) if missing else None
     for key, problem in wanted.items():
-        if key not in _faults and (fault := _start(key, problem, where)):
+        if key not in _faults and (fault := _start(key, problem, where, failure)):
             _faults[key] = fault
             KERNELS.pop(key, None)
     found = dict.fromkeys(_faults[key] for key in wanted if key in _faults)
@@ -100,19 +101,29 @@ def load(problems: Iterable[Problem], device: torch.device) -> None:
         raise DuQuantError("; ".join(found))
 
 
-def _start(key: tuple[Any, ...], problem: Problem, where: tuple[str, tuple[int, int]]) -> str | None:
+def _build(missing: list[operators.Operator], name: str) -> str | None:
+    try:
+        build.build(missing, name)
+    except DuQuantError as error:
+        return str(error)
+    return None
+
+
+def _start(
+    key: tuple[Any, ...], problem: Problem, where: tuple[str, tuple[int, int]], failure: str | None
+) -> str | None:
     """Loads and tests the operators of one problem; returns what is wrong with them."""
     try:
-        KERNELS[key] = tuple(_load(operator, where, key[0]) for operator in operators.operators(problem))
+        found = [(operator, cache.find(operator.name, *where)) for operator in operators.operators(problem)]
+        if not all(entry for _, entry in found):
+            return failure or f"the kernels built are for a newer CUDA than this driver's {where[1]}; update the driver"
+        KERNELS[key] = tuple(_load(operator, entry, key[0]) for operator, entry in found)
     except DuQuantError as error:
         return str(error)
     return self_test(problem, torch.device("cuda", key[0]))
 
 
-def _load(operator: operators.Operator, where: tuple[str, tuple[int, int]], device: int) -> driver.Kernel:
-    entry = cache.find(operator.name, *where)
-    if entry is None:
-        raise DuQuantError(f"the kernels built are for a newer CUDA than this driver's {where[1]}; update the driver")
+def _load(operator: operators.Operator, entry: cache.Entry, device: int) -> driver.Kernel:
     try:
         code, launch = entry.read()
         return driver.load(code, operator.name, launch, device)
