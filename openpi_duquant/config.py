@@ -240,17 +240,76 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "BLOCK_OUT": ("output_rotation_block", int),
     "ACT_PCT": ("activation_percentile", float),
     "CALIB_STEPS": ("calibration_steps", int),
+}
+"""OPENPI_DUQUANT_<key>: the field of `DuQuantConfig` that it fills, and its parser."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What the OPENPI_DUQUANT_* variables say, beside OPENPI_DISABLE_TORCH_COMPILE.
+
+    Attributes:
+        fields: Fields of `DuQuantConfig`, those that are set.
+        packdir: Where converted checkpoints live.
+        dry_run: List layers and totals, convert nothing.
+        runtime: What runs a converted checkpoint in openpi, see `RUNTIMES`.
+        backend: Backend of the quantized layers, see `kernels.resolve`.
+        auto: Whether openpi's configs get their quantized twins by themselves.
+        debug: Log every layer that is quantized.
+        profile: Folder that a profile is written to; none for no profile.
+        profile_sync: Synchronise the GPU around everything that is timed.
+        compile: Whether torch.compile may be used.
+    """
+
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    packdir: pathlib.Path | None = None
+    dry_run: bool = False
+    runtime: str = "engine"
+    backend: str = "auto"
+    auto: bool = True
+    debug: bool = False
+    profile: pathlib.Path | None = None
+    profile_sync: bool = False
+    compile: bool = True
+
+
+RUNTIMES = ("engine", "module")
+"""This project's own forward pass, or openpi's with its linear layers replaced."""
+
+BACKENDS = ("auto", "bitblas", "humming", "triton", "reference", "fake")
+
+
+def _choice(allowed: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(f"is not one of {', '.join(allowed)}")
+        return text
+
+    return parse
+
+
+def _profile_folder(text: str) -> pathlib.Path | None:
+    try:
+        return pathlib.Path("duquant_profile") if _flag(text) else None
+    except ValueError:
+        return pathlib.Path(text)
+
+
+SWITCHES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "PACKDIR": ("packdir", pathlib.Path),
     "DRYRUN": ("dry_run", _flag),
+    "RUNTIME": ("runtime", _choice(RUNTIMES)),
+    "BACKEND": ("backend", _choice(BACKENDS)),
+    "AUTO": ("auto", _flag),
+    "DEBUG": ("debug", _flag),
+    "PROFILE": ("profile", _profile_folder),
+    "PROFILE_SYNC": ("profile_sync", _flag),
 }
-"""OPENPI_DUQUANT_<key>: the field of `DuQuantConfig` (or of the command) that it fills, and its parser."""
-
-UNREAD_VARIABLES = ("BACKEND", "RUNTIME", "AUTO", "DEBUG", "PROFILE", "PROFILE_SYNC")
-"""Names that belong to parts which this version does not have: refused, so that none is ignored without a word."""
+"""OPENPI_DUQUANT_<key>: the field of `Environment` that it fills, and its parser."""
 
 
-def read_environment(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Fields set by OPENPI_DUQUANT_* variables; called once, at a command's entry.
+def read_environment(environment: Mapping[str, str] | None = None) -> Environment:
+    """What the variables say; called once, at a command's entry or when the plugin is imported.
 
     Args:
         environment: The variables; the process's own when none are given.
@@ -259,25 +318,26 @@ def read_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
         DuQuantError: On an unknown variable or a malformed value; names it.
     """
     variables = os.environ if environment is None else environment
-    fields = {}
+    fields: dict[str, Any] = {}
+    switches: dict[str, Any] = {"compile": variables.get("OPENPI_DISABLE_TORCH_COMPILE", "0") in ("", "0")}
     for name, text in sorted(variables.items()):
-        if not name.startswith(ENVIRONMENT_PREFIX):
-            continue
         key = name.removeprefix(ENVIRONMENT_PREFIX)
-        if key in UNREAD_VARIABLES:
-            raise DuQuantError(f"environment variable {name}: nothing in this version reads it; unset it")
-        if key not in VARIABLES:
-            near = difflib.get_close_matches(key, VARIABLES, n=1)
+        if key == name:
+            continue
+        if key not in VARIABLES | SWITCHES:
+            near = difflib.get_close_matches(key, VARIABLES | SWITCHES, n=1)
             hint = f"; did you mean {ENVIRONMENT_PREFIX}{near[0]}?" if near else ""
             raise DuQuantError(f"unknown environment variable {name}{hint}")
-        field, parse = VARIABLES[key]
+        field, parse = (VARIABLES | SWITCHES)[key]
         try:
+            if key in SWITCHES:
+                switches[field] = parse(text)
+                continue
             fields[field] = parse(text)
-            if field in _RULES:
-                DuQuantConfig(**{field: fields[field]})
+            DuQuantConfig(**{field: fields[field]})
         except (ValueError, DuQuantError) as error:
             raise DuQuantError(f"environment variable {name}={text!r}: {error}") from None
-    return fields
+    return Environment(fields, **switches)
 
 
 def cache_folder() -> pathlib.Path:

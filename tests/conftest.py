@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -9,12 +10,23 @@ import shutil
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # noqa: TID251  read when a kernel is defined
+
 from openpi_duquant import PRESETS
 from openpi_duquant import convert
 from openpi_duquant import synthetic
 from openpi_duquant.architecture import Architecture
 from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.config import ENVIRONMENT_PREFIX
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests of Triton kernels where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        for item in items:
+            if item.get_closest_marker("triton"):
+                item.add_marker(pytest.mark.skip(reason="Triton is not installed"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -145,8 +145,6 @@ def _mean_and_std(model: nn.Module, name: str, parameter: Tensor) -> tuple[float
 
 def save_openpi_checkpoint(model: nn.Module, folder: pathlib.Path) -> None:
     """Write `folder` as openpi's converter does, uniformly bf16 or fp32, with norm stats under LIBERO's asset id."""
-    from openpi.shared import normalize
-
     host: Any = model
     dtype = host.paligemma_with_expert.paligemma.model.language_model.layers[0].self_attn.q_proj.weight.dtype
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,11 +152,36 @@ def save_openpi_checkpoint(model: nn.Module, folder: pathlib.Path) -> None:
     keys = ("action_dim", "action_horizon", "paligemma_variant", "action_expert_variant")
     record = {key: getattr(host.config, key) for key in keys} | {"precision": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(record, indent=2))
+    save_norm_stats(folder, "physical-intelligence/libero", state=8, actions=7)
+
+
+def save_norm_stats(folder: pathlib.Path, asset_id: str, **sizes: int) -> None:
+    """Write norm stats of these sizes into a checkpoint."""
+    from openpi.shared import normalize
+
     stats = {}
-    for key, size in {"state": 8, "actions": 7}.items():
+    for key, size in sizes.items():
         mean, std = np.linspace(-0.3, 0.4, size), np.linspace(0.2, 0.6, size)
         stats[key] = normalize.NormStats(mean=mean, std=std, q01=mean - 2 * std, q99=mean + 2.2 * std)
-    normalize.save(folder / "assets" / "physical-intelligence" / "libero", stats)
+    normalize.save(folder / "assets" / asset_id, stats)
+
+
+def make_tokenizer(data_home: pathlib.Path, *, vocab_size: int) -> None:
+    """Write a sentencepiece model where openpi keeps PaliGemma's tokenizer, for OPENPI_DATA_HOME=data_home."""
+    import sentencepiece
+
+    sentences = iter([f"do something, State: {n} {n + 1}; Task: pick up the black bowl\nAction: " for n in range(256)])
+    path = data_home / "big_vision" / "paligemma_tokenizer.model"
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences,
+            model_writer=file,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+        )
 
 
 def openpi_actions(

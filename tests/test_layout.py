@@ -11,8 +11,9 @@ PACKAGE = pathlib.Path(openpi_duquant.__file__).parent
 
 # From the bottom up: a part imports those before it, and itself.
 PARTS = (
-    "config", "architecture", "packing", "transforms", "quant", "fitting", "kernels", "linear", "accuracy", "folds",
-    "checkpoint", "conversion", "engine", "synthetic", "report", "commands", "__main__",
+    "config", "installation", "report", "profiling", "progress", "architecture", "packing", "transforms", "quant",
+    "fitting", "kernels", "linear", "accuracy", "folds", "checkpoint", "conversion", "engine", "synthetic", "plugin",
+    "import_hook", "run", "commands", "__main__",
 )  # fmt: skip
 
 

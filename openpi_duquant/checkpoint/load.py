@@ -37,10 +37,16 @@ def place_quant_linears(
     """Puts empty quantized layers (on the meta device) where `model` has layers of these names; returns those names.
 
     The engine leaves out layers that nothing reads; of those that a checkpoint has, the rest is placed.
+
+    Raises:
+        DuQuantError: If a layer of the model has another shape, or on an unknown backend.
     """
     modules = dict(model.named_modules())
     placed = [name for name in layers if name in modules]
     for name in placed:
+        has, wanted = tuple(modules[name].weight.shape), (layers[name].out_features, layers[name].in_features)
+        if has != wanted:
+            raise DuQuantError(f"{name}: is {wanted} in the checkpoint and {has} in the model; take the model it is of")
         parent, _, child = name.rpartition(".")
         layer = QuantLinear(layers[name], backend=backend, dtype=dtype, device="meta")
         setattr(modules[parent], child, layer)

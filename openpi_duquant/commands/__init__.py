@@ -16,12 +16,14 @@ from openpi_duquant.commands.demo import demo
 from openpi_duquant.commands.doctor import doctor
 from openpi_duquant.commands.inspect_checkpoint import inspect_checkpoint
 from openpi_duquant.commands.make_checkpoint import make_checkpoint
+from openpi_duquant.commands.serve_policy import serve_policy
 from openpi_duquant.config import DuQuantError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "convert-checkpoint": convert_checkpoint,
     "inspect-checkpoint": inspect_checkpoint,
     "make-checkpoint": make_checkpoint,
+    "serve-policy": serve_policy,
     "demo": demo,
     "doctor": doctor,
     "build-kernels": build_kernels,

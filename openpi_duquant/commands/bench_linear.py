@@ -11,9 +11,9 @@ import torch
 from openpi_duquant import kernels
 from openpi_duquant.commands import linear_timing
 from openpi_duquant.commands.console import console
-from openpi_duquant.commands.console import progress_bar
 from openpi_duquant.commands.console import refuse_variables
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.progress import progress_bar
 from openpi_duquant.report import markdown_stamp
 from openpi_duquant.report import markdown_table
 from openpi_duquant.report import stamp

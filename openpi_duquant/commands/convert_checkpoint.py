@@ -11,7 +11,6 @@ import tyro
 
 from openpi_duquant.checkpoint.files import iter_bytes
 from openpi_duquant.commands.console import console
-from openpi_duquant.commands.console import progress_bar
 from openpi_duquant.commands.console import resolve_device
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import preset as preset_config
@@ -20,6 +19,7 @@ from openpi_duquant.conversion import Plan
 from openpi_duquant.conversion import convert
 from openpi_duquant.conversion import make_plan
 from openpi_duquant.conversion import open_source
+from openpi_duquant.progress import progress_bar
 from openpi_duquant.report import markdown_table
 
 
@@ -32,9 +32,9 @@ def defaults(arguments: Sequence[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default="default")
     preset = parser.parse_known_args(arguments)[0].preset
-    fields = read_environment()
-    own = {name: fields.pop(name) for name in ("packdir", "dry_run") if name in fields}
-    return own | {"config": dataclasses.replace(preset_config(preset), **fields)}
+    environment = read_environment()
+    config = dataclasses.replace(preset_config(preset), **environment.fields)
+    return {"config": config, "packdir": environment.packdir, "dry_run": environment.dry_run}
 
 
 def convert_checkpoint(

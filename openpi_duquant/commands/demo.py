@@ -23,7 +23,6 @@ from openpi_duquant.checkpoint.files import iter_bytes
 from openpi_duquant.commands.comparison import markdown
 from openpi_duquant.commands.comparison import plot
 from openpi_duquant.commands.console import console
-from openpi_duquant.commands.console import progress_bars
 from openpi_duquant.commands.console import refuse_variables
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
@@ -36,6 +35,7 @@ from openpi_duquant.engine import Observation
 from openpi_duquant.engine import Policy
 from openpi_duquant.engine import assemble
 from openpi_duquant.engine import load_policy
+from openpi_duquant.progress import progress_bars
 from openpi_duquant.report import stamp
 from openpi_duquant.report import write_json
 

@@ -2,28 +2,17 @@
 
 from collections.abc import Iterator
 import importlib.metadata
-import importlib.util
-import pathlib
 import platform
 import re
 import sys
-from typing import NamedTuple
 
 import torch
 
 from openpi_duquant import kernels
 from openpi_duquant.commands.console import console
-
-OPENPI_FIX = "git clone https://github.com/Physical-Intelligence/openpi && cd openpi && uv sync; install this there"
-TRANSFORMERS = "4.53.2"
-
-
-class Finding(NamedTuple):
-    """One line of the report: what, how it stands, and the command or step that would mend it."""
-
-    what: str
-    state: str
-    fix: str = ""
+from openpi_duquant.installation import Finding
+from openpi_duquant.installation import find_openpi
+from openpi_duquant.installation import find_transformers
 
 
 def doctor() -> None:
@@ -75,23 +64,8 @@ def _backends() -> Iterator[Finding]:
 
 
 def _openpi() -> Iterator[Finding]:
-    """The engine needs no openpi; the plugin does, and the package of that name on PyPI is an empty placeholder."""
-    spec = importlib.util.find_spec("openpi")
-    if spec is None or spec.origin is None:  # without origin: some folder of that name, no package
-        yield Finding("openpi", "not installed; conversion and the engine run without it", OPENPI_FIX)
-        return
-    if importlib.util.find_spec("openpi.models_pytorch") is None:
-        fix = f"pip uninstall openpi; {OPENPI_FIX}"
-        yield Finding("openpi", "PyPI's placeholder: an empty package, not Physical Intelligence's openpi", fix)
-        return
-    yield Finding("openpi", "installed")
-    found = importlib.util.find_spec("transformers")
-    version = importlib.metadata.version("transformers") if found else "none"
-    if found is None or version != TRANSFORMERS:
-        fix = f"pip install transformers=={TRANSFORMERS}"
-        yield Finding("transformers", f"{version}; openpi's PyTorch models need {TRANSFORMERS}", fix)
-    elif not (pathlib.Path(found.origin).parent / "models" / "siglip" / "check.py").exists():
-        fix = "cp -r src/openpi/models_pytorch/transformers_replace/* <folder of transformers>, in openpi's checkout"
-        yield Finding("transformers", f"{version}, without openpi's transformers_replace", fix)
-    else:
-        yield Finding("transformers", f"{version}, with openpi's transformers_replace")
+    """The engine needs no openpi; the plugin does."""
+    openpi = find_openpi()
+    yield openpi
+    if not openpi.fix:
+        yield find_transformers()

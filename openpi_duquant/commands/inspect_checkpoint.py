@@ -17,12 +17,12 @@ from openpi_duquant.checkpoint.files import iter_bytes
 from openpi_duquant.checkpoint.load import stored_name
 from openpi_duquant.checkpoint.load import verify
 from openpi_duquant.commands.console import console
-from openpi_duquant.commands.console import progress_bar
 from openpi_duquant.config import ACTION_EXPERT
 from openpi_duquant.config import LANGUAGE_MODEL
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.conversion import folded_tensors
 from openpi_duquant.conversion import make_plan
+from openpi_duquant.progress import progress_bar
 from openpi_duquant.report import markdown_table
 from openpi_duquant.report import write_json
 

@@ -12,7 +12,7 @@ from openpi_duquant import synthetic
 from openpi_duquant.architecture import PI05
 from openpi_duquant.architecture import SMALL
 from openpi_duquant.commands.console import console
-from openpi_duquant.commands.console import progress_bar
+from openpi_duquant.progress import progress_bar
 
 
 def make_checkpoint(

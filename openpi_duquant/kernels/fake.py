@@ -8,6 +8,7 @@ from openpi_duquant import quant
 from openpi_duquant import transforms
 from openpi_duquant.kernels import reference
 from openpi_duquant.kernels.backend import Backend
+from openpi_duquant.profiling import span
 
 
 def matmul(
@@ -21,8 +22,9 @@ def matmul(
     row_sum: Tensor | None = None,
 ) -> Tensor:
     """As `backend.Matmul`, of dequantized operands; equal up to fp32 rounding."""
-    x = a.float() if act_scale is None else a.float() * act_scale
-    y = x @ quant.dequantize_weight(packing.unpack(weight), weight_scale).T
+    with span("matmul", a):
+        x = a.float() if act_scale is None else a.float() * act_scale
+        y = x @ quant.dequantize_weight(packing.unpack(weight), weight_scale).T
     return reference.epilogue(y, bias, output_rotation, dtype)
 
 

@@ -1,12 +1,16 @@
 """The definition of every operation, in plain torch: true integers, exact accumulators."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+import torch.nn.functional as F  # noqa: N812
 
 from openpi_duquant import packing
 from openpi_duquant import quant
 from openpi_duquant import transforms
 from openpi_duquant.kernels.backend import Backend
+from openpi_duquant.profiling import span
 
 
 def transform_and_quantize(x: Tensor, transform: transforms.Transform) -> tuple[Tensor, Tensor]:
@@ -19,7 +23,53 @@ def transform_and_quantize(x: Tensor, transform: transforms.Transform) -> tuple[
     Returns:
         codes [M, K] int8 and act_scale [M, 1] fp32, as `quant.quantize_activation`.
     """
-    return quant.quantize_activation(transform.apply(x.float()))
+    with span("input_transform", x):
+        x = transform.apply(x.float())
+    with span("activation_forward", x):
+        return quant.quantize_activation(x)
+
+
+NORM_EPS = 1e-6
+"""What RMS norms add to the mean square, as in Gemma."""
+
+
+class Prologue(NamedTuple):
+    """What a layer's input is made from, element by element; each step is rounded to the type of x.
+
+    Attributes:
+        geglu: x = gate | up becomes gelu(gate) * up, GELU by its tanh approximation.
+        norm: x becomes x / rms(x) * (1 + scale) + shift.
+        scale: [K], or None for zeros: weight of Gemma's RMS norm, or scale of adaRMS.
+        shift: [K], or None for zeros.
+    """
+
+    geglu: bool = False
+    norm: bool = False
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x [..., K], or [..., 2 K] for GeGLU -> [..., K], the same dtype."""
+        if self.geglu:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.gelu(gate, approximate="tanh") * up
+        if self.norm:
+            y = x.float()
+            y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPS)
+            y = y if self.scale is None else y * (1.0 + self.scale.float())
+            x = (y if self.shift is None else y + self.shift.float()).to(x.dtype)
+        return x
+
+
+NO_PROLOGUE = Prologue()
+
+
+def fused_transform(
+    x: Tensor, transform: transforms.Transform, prologue: Prologue = NO_PROLOGUE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prologue, transform and rounding, as `transform.fused_transform`."""
+    codes, act_scale = transform_and_quantize(prologue.apply(x), transform)
+    return codes, act_scale, codes.sum(1, keepdim=True, dtype=torch.int32)
 
 
 def integer_matmul(codes: Tensor, weight: Tensor, bits: int = 8) -> Tensor:
@@ -60,8 +110,9 @@ def accumulate(codes: Tensor, weight: Tensor, weight_scale: Tensor, bits: int = 
 
 def epilogue(y: Tensor, bias: Tensor | None, output_rotation: transforms.Rotation, dtype: torch.dtype) -> Tensor:
     """Restores rotated output rows, adds the bias, rounds to the output type; y [M, N] fp32."""
-    y = transforms.rotate(y, output_rotation)
-    return (y if bias is None else y + bias).to(dtype)
+    with span("output_restore", y):
+        y = transforms.rotate(y, output_rotation)
+        return (y if bias is None else y + bias).to(dtype)
 
 
 def matmul(
@@ -75,11 +126,12 @@ def matmul(
     row_sum: Tensor | None = None,
 ) -> Tensor:
     """As `backend.Matmul`, by its definition; the weight is the canonical one, the sums are not used."""
-    codes = packing.unpack(weight)
-    if act_scale is None:
-        y = a.float() @ quant.dequantize_weight(codes, weight_scale).T
-    else:
-        y = accumulate(a, codes, weight_scale, 4 if weight.dtype == torch.uint8 else 8) * act_scale
+    with span("matmul", a):
+        codes = packing.unpack(weight)
+        if act_scale is None:
+            y = a.float() @ quant.dequantize_weight(codes, weight_scale).T
+        else:
+            y = accumulate(a, codes, weight_scale, 4 if weight.dtype == torch.uint8 else 8) * act_scale
     return epilogue(y, bias, output_rotation, dtype)
 
 

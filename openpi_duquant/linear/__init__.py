@@ -1,6 +1,7 @@
 """Quantized linear layers: their description, the module, the choice of layers, and `quantize_`."""
 
 from openpi_duquant.linear.module import QuantLinear
+from openpi_duquant.linear.module import name_layers
 from openpi_duquant.linear.module import shared_forward
 from openpi_duquant.linear.prepare import prepare_
 from openpi_duquant.linear.quantize import plan_layers
@@ -12,6 +13,7 @@ from openpi_duquant.linear.spec import LayerSpec
 __all__ = [
     "LayerSpec",
     "QuantLinear",
+    "name_layers",
     "plan_layers",
     "prepare_",
     "quantize_",

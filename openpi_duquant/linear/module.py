@@ -13,6 +13,8 @@ from openpi_duquant import transforms
 from openpi_duquant.kernels import reference
 from openpi_duquant.linear.spec import SHARED_TENSORS
 from openpi_duquant.linear.spec import LayerSpec
+from openpi_duquant.profiling import in_layer
+from openpi_duquant.profiling import span
 
 
 class QuantizedInput(NamedTuple):
@@ -140,7 +142,8 @@ class QuantLinear(nn.Module):
         x = x.reshape(-1, self.in_features)
         with _full_precision(x):
             if self.spec.activation_bits == 16:
-                return QuantizedInput(self.transform.apply(x.float()))
+                with span("input_transform", x):
+                    return QuantizedInput(self.transform.apply(x.float()))
             codes, scale = reference.transform_and_quantize(x, self.transform)
         if kernels.BACKENDS[self.running].wants_row_sum(self.spec.problem(self.dtype)):
             return QuantizedInput(codes, scale, codes.sum(1, keepdim=True, dtype=torch.int32))
@@ -193,6 +196,14 @@ def _eager_full_precision(device_type: str) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def name_layers(model: nn.Module) -> None:
+    """Makes a profile count the spans of each quantized layer of `model` under its name."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            layer.quantize_input = in_layer(name, layer.quantize_input)
+            layer.matmul = in_layer(name, layer.matmul)
 
 
 def shared_forward(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:

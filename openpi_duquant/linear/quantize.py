@@ -16,6 +16,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.linear.module import QuantLinear
 from openpi_duquant.linear.select import select_linears
 from openpi_duquant.linear.spec import LayerSpec
+from openpi_duquant.profiling import span
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -119,17 +120,18 @@ def quantize_group(
     """
     lead = specs[next(iter(weights))]
     stacked = torch.cat([weight.float() for weight in weights.values()])
-    transform = fitting.fit_transform(
-        stacked,
-        config.rotation if lead.rotation_block else "none",
-        math.gcd(config.rotation_block, lead.in_features),
-        permute=lead.permute,
-        smoothing=config.smoothing,
-    )
-    shared = {name: part for name, part in transform._asdict().items() if isinstance(part, Tensor)}
-    stacked = transform.dual().apply(stacked)
-    parts = stacked.split([specs[name].out_features for name in weights])
-    return {name: shared | _quantize_rows(part, specs[name], config) for name, part in zip(weights, parts)}
+    with span("weight_prequant", stacked, next(iter(weights))):
+        transform = fitting.fit_transform(
+            stacked,
+            config.rotation if lead.rotation_block else "none",
+            math.gcd(config.rotation_block, lead.in_features),
+            permute=lead.permute,
+            smoothing=config.smoothing,
+        )
+        shared = {name: part for name, part in transform._asdict().items() if isinstance(part, Tensor)}
+        stacked = transform.dual().apply(stacked)
+        parts = stacked.split([specs[name].out_features for name in weights])
+        return {name: shared | _quantize_rows(part, specs[name], config) for name, part in zip(weights, parts)}
 
 
 def _quantize_rows(weight: Tensor, spec: LayerSpec, config: DuQuantConfig) -> dict[str, Tensor]:

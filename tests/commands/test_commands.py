@@ -47,8 +47,9 @@ def data_bytes(folder: pathlib.Path) -> int:
 def options_of(name: str) -> set[str]:
     """The options that a command must have: its parameters, those of the configuration where it takes one."""
     parameters = inspect.signature(COMMANDS[name]).parameters.values()
-    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "config"}
-    if any(p.name == "config" for p in parameters):
+    configs = {p.name for p in parameters if "DuQuantConfig" in str(p.annotation)}
+    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - configs
+    if configs:
         names |= {field.name for field in dataclasses.fields(DuQuantConfig)}
     return {"--" + name.replace("_", "-") for name in names}
 

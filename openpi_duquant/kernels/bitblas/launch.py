@@ -7,6 +7,7 @@ from openpi_duquant import transforms
 from openpi_duquant.kernels.bitblas.driver import Kernel
 from openpi_duquant.kernels.bitblas.operators import bucket
 from openpi_duquant.kernels.epilogue import epilogue
+from openpi_duquant.profiling import span
 
 KERNELS: dict[tuple[int, torch.dtype, torch.dtype, int, int], tuple[Kernel, ...]] = {}
 """Kernels for few, some and many tokens, by device, dtypes of activation and weight, N and K; filled by `loading`."""
@@ -30,7 +31,10 @@ def matmul(
         row_sum = a.sum(1, keepdim=True, dtype=torch.int32) if row_sum is None else row_sum
     else:
         row_sum = None
-    return epilogue(accumulate(a, weight), act_scale, weight_scale, bias, output_rotation, dtype, row_sum)
+    with span("matmul", a):
+        sums = accumulate(a, weight)
+    with span("output_restore", sums):
+        return epilogue(sums, act_scale, weight_scale, bias, output_rotation, dtype, row_sum)
 
 
 def accumulate(a: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,132 @@
+"""The kernel of `triton_matmul`: int8 x int4 or int8 -> int32 -> scales, output restore, bias, residual; one launch.
+
+A byte of the repacked int4 weight holds channels k and k + K/2, so that its nibbles multiply contiguous activations.
+They are moved to the high half of a byte, which keeps their sign, and the sums are shifted back by 4.
+"""
+
+import torch
+from torch import Tensor
+import triton
+import triton.language as tl
+
+from openpi_duquant.kernels.tiles import Tile
+
+
+def launch(
+    out: Tensor,
+    a: Tensor,
+    act_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    matrices: Tensor | None,
+    hadamard: int,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    tile: Tile,
+    *,
+    interpreted: bool = False,
+) -> None:
+    """Fills out [M, N]; arguments as `triton_matmul.matmul`, contiguous, the rotation as matrices or by its size."""
+    (m, n), k = out.shape, a.shape[1]
+    block = hadamard if matrices is None else matrices.shape[-1]
+    columns = max(tile.columns, block)
+    _matmul[(triton.cdiv(m, tile.rows) * triton.cdiv(n, columns),)](
+        a, act_scale, weight, weight_scale, bias, matrices, residual, gate, out, m, n, k,
+        BM=tile.rows, BN=columns, BK=tile.channels, GROUP=tile.group, K=weight.shape[1],
+        INT4=weight.shape[1] < k, BIAS=bias is not None, HADAMARD=hadamard > 0, BLOCK=block,
+        GAIN=hadamard**-0.5 if hadamard else 1.0, RESIDUAL=residual is not None, GATE=gate is not None,
+        EXACT=interpreted or out.dtype == torch.float32, INTERPRETED=interpreted,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+@triton.jit
+def _signed(packed, HIGH: tl.constexpr, INTERPRETED: tl.constexpr):
+    """16 times the low or high nibbles of bytes, int8; four bytes at a time."""
+    if INTERPRETED:
+        nibbles = ((packed if HIGH else packed << 4) & 0xF0).to(tl.int8, bitcast=True)
+    elif HIGH:
+        nibbles = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        nibbles = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
+            "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    return nibbles
+
+
+@triton.jit
+def _block_diagonal(matrices_ptr, n, N, BN: tl.constexpr, BLOCK: tl.constexpr, HADAMARD: tl.constexpr):
+    """The rotation of columns n, [BN, BN] fp32; of a Hadamard the signs."""
+    i, j = tl.arange(0, BN)[:, None], tl.arange(0, BN)[None, :]
+    same = (i // BLOCK) == (j // BLOCK)
+    if HADAMARD:
+        odd = (i % BLOCK) & (j % BLOCK)
+        odd ^= odd >> 4
+        odd ^= odd >> 2
+        odd ^= odd >> 1
+        rotation = tl.where(same, 1.0 - 2.0 * (odd & 1).to(tl.float32), 0.0)
+    else:
+        entry = (n[:, None] // BLOCK * BLOCK + i % BLOCK) * BLOCK + j % BLOCK
+        known = same & (n < N)[:, None] & (n < N)[None, :]
+        rotation = tl.load(matrices_ptr + entry, mask=known, other=0.0).to(tl.float32)
+    return rotation
+
+
+@triton.jit
+def _matmul(
+    a_ptr, act_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, matrices_ptr, residual_ptr, gate_ptr, out_ptr,
+    M, N, a_stride,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, INT4: tl.constexpr,
+    BIAS: tl.constexpr, HADAMARD: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A tile [BM, BN] a program; K counts the stored columns of the weight. Sums are [BN, BM]: weights come from
+    registers, which the tensor cores take on the left."""
+    pid = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = pid // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    m = (first + pid % (GROUP * tiles_n) % height) * BM + tl.arange(0, BM)
+    n = pid % (GROUP * tiles_n) // height * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    known_m, known_n = m < M, n < N
+    a_tile = a_ptr + tl.where(known_m, m, 0).to(tl.int64)[None, :] * a_stride + k[:, None]
+    w_tile = weight_ptr + tl.where(known_n, n, 0).to(tl.int64)[:, None] * K + k[None, :]
+    sums = tl.zeros((BN, BM), tl.int32)
+    for start in range(0, K, BK):
+        if K % BK == 0:
+            w = tl.load(w_tile)
+            a = tl.load(a_tile)
+        else:
+            w = tl.load(w_tile, mask=(start + k < K)[None, :], other=0)
+            a = tl.load(a_tile, mask=(start + k < K)[:, None], other=0)
+        if INT4:
+            sums = tl.dot(_signed(w, HIGH=False, INTERPRETED=INTERPRETED), a, sums, out_dtype=tl.int32)
+            if K % BK == 0:  # noqa: SIM108
+                a = tl.load(a_tile + K)
+            else:
+                a = tl.load(a_tile + K, mask=(start + k < K)[:, None], other=0)
+            sums = tl.dot(_signed(w, HIGH=True, INTERPRETED=INTERPRETED), a, sums, out_dtype=tl.int32)
+        else:
+            sums = tl.dot(w, a, sums, out_dtype=tl.int32)
+        w_tile += BK
+        a_tile += BK
+    sums = (sums >> 4 if INT4 else sums).T
+    y = sums.to(tl.float32) * tl.load(weight_scale_ptr + n, mask=known_n, other=0.0)[None, :]
+    y *= tl.load(act_scale_ptr + m, mask=known_m, other=0.0)[:, None]
+    if BLOCK > 0:
+        rotation = _block_diagonal(matrices_ptr, n, N, BN, BLOCK, HADAMARD)
+        y = tl.dot(y, rotation, input_precision="ieee" if EXACT else "tf32x3") * GAIN
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=known_n, other=0.0).to(tl.float32)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    inside = known_m[:, None] & known_n[None, :]
+    if RESIDUAL:
+        if GATE:
+            y *= tl.load(gate_ptr + n, mask=known_n, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,197 @@
+"""The kernels of `transform.fused_transform`: prologue, permutation, rotation and rounding to int8 in one launch."""
+
+from torch import Tensor
+import triton
+import triton.language as tl
+
+from openpi_duquant.kernels.reference import NORM_EPS
+
+_ROWS = 16  # of a program that multiplies by matrices: the fewest that tl.dot takes
+_MANY_ROWS = 264  # two for every SM of a large GPU: from here on throughput counts, below it latency
+_FLAT = 64  # channels that a row without a rotation is cut into
+
+
+def launch(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    permutation: Tensor | None,
+    matrices: Tensor | None,
+    hadamard: int,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    *,
+    geglu: bool,
+    norm: bool,
+    float32: bool,
+) -> None:
+    """Fills codes [M, K] int8, act_scale [M, 1] fp32 and row_sum [M, 1] int32; arguments as `fused_transform`.
+
+    `float32` multiplies rotations in fp32 throughout, which operands of 16 bits do not need.
+    """
+    codes, act_scale, row_sum = outputs
+    m, k = codes.shape
+    prologue = {"GEGLU": geglu, "NORM": norm, "SCALE": scale is not None, "SHIFT": shift is not None}
+    common = {"PERMUTE": permutation is not None, "FLOAT32": float32, "EPS": NORM_EPS, "K": k} | prologue
+    if matrices is not None:
+        _by_block[(triton.cdiv(m, _ROWS),)](
+            x, scale, shift, permutation, matrices, codes, act_scale, row_sum, m, x.stride(0),
+            ROWS=_ROWS, B=matrices.shape[-1], **common, num_warps=4,
+        )  # fmt: skip
+        return
+    many = m >= _MANY_ROWS
+    rows = 2 if many and k <= 4096 else 1
+    block = hadamard or _FLAT
+    _by_row[(triton.cdiv(m, rows),)](
+        x, scale, shift, permutation, codes, act_scale, row_sum, m, x.stride(0),
+        ROWS=rows, BLOCKS=triton.next_power_of_2(triton.cdiv(k, block)), B=block, HADAMARD=hadamard > 0,
+        BUTTERFLY=not many and not float32, **common, num_warps=4 if many and k <= 4096 else 8,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gate(x_ptr, channel, inside, K: tl.constexpr, GEGLU: tl.constexpr):
+    """Channels of x; of gelu(gate) * up where x = gate | up, both factors rounded to the type of x, as torch does."""
+    x = tl.load(x_ptr + channel, mask=inside, other=0.0)
+    if GEGLU:
+        gate = x.to(tl.float32)
+        up = tl.load(x_ptr + K + channel, mask=inside, other=0.0).to(tl.float32)
+        # 0.5 (1 + tanh u) = 1 / (1 + 2^(-2 u / ln 2)), u = sqrt(2 / pi) (gate + 0.044715 gate^3)
+        gate = gate / (1.0 + tl.exp2(-2.302208198 * (gate + 0.044715 * gate * gate * gate)))
+        x = (gate.to(x.dtype).to(tl.float32) * up).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _modulate(x, inverse_rms, scale_ptr, shift_ptr, channel, inside, SCALE: tl.constexpr, SHIFT: tl.constexpr):
+    """x * inverse_rms * (1 + scale) + shift, rounded to the type of x."""
+    y = x.to(tl.float32) * inverse_rms
+    if SCALE:
+        y = y * (1.0 + tl.load(scale_ptr + channel, mask=inside, other=0.0).to(tl.float32))
+    if SHIFT:
+        y = y + tl.load(shift_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    return y.to(x.dtype)
+
+
+@triton.jit
+def _signs(B: tl.constexpr):
+    """Sylvester's matrix [B, B] of +-1, B <= 256: negative where row and column share an odd number of bits."""
+    shared = tl.arange(0, B)[:, None] & tl.arange(0, B)[None, :]
+    shared ^= shared >> 4
+    shared ^= shared >> 2
+    shared ^= shared >> 1
+    return 1 - 2 * (shared & 1)
+
+
+@triton.jit
+def _rotate(x, rotation, FLOAT32: tl.constexpr):
+    """x [R, B] times [B, B], summed in fp32."""
+    if FLOAT32:
+        y = tl.dot(x.to(tl.float32), rotation.to(tl.float32), input_precision="ieee")
+    else:
+        y = tl.dot(x, rotation.to(x.dtype))
+    return y
+
+
+@triton.jit
+def _butterflies(x, SIZE: tl.constexpr, B: tl.constexpr):
+    """The unnormalised Hadamard transform of every B of x [SIZE], fp32, by sums and differences."""
+    STEPS: tl.constexpr = 4 if B == 16 else 5 if B == 32 else 6 if B == 64 else 7
+    for step in tl.static_range(STEPS):
+        pairs = tl.permute(tl.reshape(x, (SIZE >> (step + 1), 2, 1 << step)), (0, 2, 1))
+        a, b = tl.split(pairs)
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (SIZE,))
+    return x
+
+
+@triton.jit
+def _scale_of(largest):
+    """Scale of a row by its largest magnitude; 1 for a row of zeros."""
+    return tl.where(largest > 0, tl.div_rn(largest, 127.0), 1.0)
+
+
+@triton.jit
+def _round(y, per_scale):
+    """y * per_scale, at most 127 in magnitude, to the nearest integer, ties to even; int8.
+
+    Added to 1.5 * 2^23, a number's nearest integer stands in the low bits of the sum.
+    """
+    return (y * per_scale + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _by_row(
+    x_ptr, scale_ptr, shift_ptr, permutation_ptr, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, HADAMARD: tl.constexpr, BUTTERFLY: tl.constexpr,
+    GEGLU: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, PERMUTE: tl.constexpr,
+    FLOAT32: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """No rotation, or a Hadamard. A program has one row or two in registers: x is read once."""
+    WIDTH: tl.constexpr = BLOCKS * B
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, WIDTH)[None, :]
+    known = (row < M)[:, None]
+    inside = known & (k < K) if WIDTH > K else known
+    in_row = k < K if WIDTH > K else k >= 0
+    channel = tl.load(permutation_ptr + k, mask=in_row, other=0) if PERMUTE else k
+    x = _gate(x_ptr + row[:, None] * x_stride, channel, inside, K, GEGLU)
+    if NORM:
+        square = x.to(tl.float32) * x.to(tl.float32)
+        inverse_rms = tl.rsqrt(tl.sum(square, 1) / K + EPS)[:, None]
+        x = _modulate(x, inverse_rms, scale_ptr, shift_ptr, channel, in_row, SCALE, SHIFT)
+        if SHIFT and WIDTH > K:
+            x = tl.where(inside, x, 0.0).to(x.dtype)
+    gain: tl.constexpr = B**-0.5 if HADAMARD else 1.0
+    if not HADAMARD:
+        y = x.to(tl.float32)
+    elif BUTTERFLY:
+        y = tl.reshape(_butterflies(tl.reshape(x.to(tl.float32), (ROWS * WIDTH,)), ROWS * WIDTH, B), (ROWS, WIDTH))
+    else:
+        y = tl.reshape(_rotate(tl.reshape(x, (ROWS * BLOCKS, B)), _signs(B), FLOAT32), (ROWS, WIDTH))
+    act_scale = _scale_of(tl.max(tl.abs(y), 1) * gain)
+    codes = _round(y, (gain / act_scale)[:, None])
+    tl.store(codes_ptr + row[:, None] * K + k, codes, mask=inside)
+    tl.store(act_scale_ptr + row, act_scale, mask=row < M)
+    tl.store(row_sum_ptr + row, tl.sum(codes.to(tl.int32), 1), mask=row < M)
+
+
+@triton.jit
+def _by_block(
+    x_ptr, scale_ptr, shift_ptr, permutation_ptr, rotation_ptr, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride,
+    ROWS: tl.constexpr, B: tl.constexpr, GEGLU: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr,
+    SHIFT: tl.constexpr, PERMUTE: tl.constexpr, FLOAT32: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """A matrix for every block. A program has some rows and goes through the blocks: once to find each row's largest
+    value, once to round; with a norm, once before to find its mean square."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    known = (row < M)[:, None]
+    lane = tl.arange(0, B)
+    x_row = x_ptr + row[:, None] * x_stride
+    entry = lane[:, None] * B + lane[None, :]
+    inverse_rms = tl.full((ROWS, 1), 1.0, tl.float32)
+    if NORM:
+        square = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, K, B):
+            x = _gate(x_row, (start + lane)[None, :], known, K, GEGLU).to(tl.float32)
+            square += tl.sum(x * x, 1)
+        inverse_rms = tl.rsqrt(square / K + EPS)[:, None]
+    largest = tl.zeros((ROWS,), tl.float32)
+    act_scale = tl.full((ROWS,), 1.0, tl.float32)
+    row_sum = tl.zeros((ROWS,), tl.int32)
+    for step in range(0, 2 * K, B):
+        start = step % K
+        channel = (start + lane)[None, :]
+        if PERMUTE:
+            channel = tl.load(permutation_ptr + channel)
+        x = _gate(x_row, channel, known, K, GEGLU)
+        if NORM:
+            x = _modulate(x, inverse_rms, scale_ptr, shift_ptr, channel, channel >= 0, SCALE, SHIFT)
+        y = _rotate(x, tl.load(rotation_ptr + start * B + entry), FLOAT32)
+        if step < K:
+            largest = tl.maximum(largest, tl.max(tl.abs(y), 1))
+            act_scale = _scale_of(largest)
+        else:
+            codes = _round(y, (1.0 / act_scale)[:, None])
+            tl.store(codes_ptr + row[:, None] * K + (start + lane)[None, :], codes, mask=known)
+            row_sum += tl.sum(codes.to(tl.int32), 1)
+    tl.store(act_scale_ptr + row, act_scale, mask=row < M)
+    tl.store(row_sum_ptr + row, row_sum, mask=row < M)

@@ -1,0 +1,171 @@
+"""The fused transform: its definition against the formula in fp64, its kernels against its definition.
+
+Without a GPU the kernels run in Triton's interpreter. There bf16 is left out: the interpreter rounds it towards zero.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_duquant.kernels import reference
+from openpi_duquant.kernels import transform
+from openpi_duquant.kernels.reference import Prologue
+from openpi_duquant.transforms import Transform
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+PROLOGUES = ("none", "norm", "gain", "modulated", "geglu", "geglu norm")
+
+
+def sylvester(size: int) -> Tensor:
+    """The normalised Hadamard matrix, by its definition."""
+    signs = [[(-1) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
+    return torch.tensor(signs, dtype=torch.float64) / math.sqrt(size)
+
+
+def orthogonal(width: int, block: int) -> Tensor:
+    """Random orthogonal matrices of all blocks, in bf16."""
+    return torch.linalg.qr(torch.randn(width // block, block, block))[0].bfloat16().contiguous()
+
+
+def prologue_of(name: str, width: int) -> Prologue:
+    """The prologue of that name, with random tensors."""
+    scale, shift = (0.3 * torch.randn(width, device=DEVICE) for _ in range(2))
+    return {
+        "none": Prologue(),
+        "norm": Prologue(norm=True),
+        "gain": Prologue(norm=True, scale=scale),
+        "modulated": Prologue(norm=True, scale=scale, shift=shift),
+        "geglu": Prologue(geglu=True),
+        "geglu norm": Prologue(geglu=True, norm=True),
+    }[name]
+
+
+def by_formula(x: Tensor, prologue: Prologue, permutation: Tensor | None, matrices: list[Tensor] | None) -> Tensor:
+    """What is rounded to int8, in fp64 but for the roundings to the type of x that the host makes."""
+    dtype, y = x.dtype, x.double()
+    if prologue.geglu:
+        gate, up = y[:, : y.shape[1] // 2], y[:, y.shape[1] // 2 :]
+        gelu = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+        y = (gelu.to(dtype).double() * up).to(dtype).double()
+    if prologue.norm:
+        y = y / (y.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        y = y * (1 if prologue.scale is None else 1 + prologue.scale.double())
+        y = (y + (0 if prologue.shift is None else prologue.shift.double())).to(dtype).double()
+    if permutation is not None:
+        y = y[:, permutation]
+    if matrices is not None:
+        parts = y.split(len(matrices[0]), dim=1)
+        y = torch.cat([part @ matrix.double().to(y.device) for part, matrix in zip(parts, matrices, strict=True)], 1)
+    return y
+
+
+def check(codes: Tensor, act_scale: Tensor, row_sum: Tensor, y: Tensor) -> None:
+    """Codes within one step of y's, on less than 0.1% of the elements (or a few of them); scales and sums right."""
+    largest = y.abs().amax(1, keepdim=True)
+    expected = torch.where(largest > 0, largest / 127, 1.0)
+    torch.testing.assert_close(act_scale, expected.float(), rtol=2e-3, atol=0)
+    difference = (codes.double() - (y / act_scale.double()).round()).abs()
+    assert difference.max() <= 1
+    assert difference.count_nonzero() <= max(2, 1e-3 * difference.numel())
+    assert torch.equal(row_sum, codes.sum(1, keepdim=True, dtype=torch.int32))
+
+
+def inputs(rows: int, width: int, dtype: torch.dtype, *, geglu: bool) -> Tensor:
+    """Random rows with outliers, the last one zeros where there are several."""
+    x = torch.randn(rows, width * (2 if geglu else 1), device=DEVICE)
+    x[:, 3] *= 20
+    if rows > 1:
+        x[-1] = 0
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", PROLOGUES)
+@pytest.mark.parametrize("kind", ["none", "hadamard", "matrix"])
+def test_the_definition_is_the_formula(name: str, kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    width, block = 96, 32
+    prologue = prologue_of(name, width)
+    x = inputs(5, width, dtype, geglu=prologue.geglu)
+    matrices = {"none": None, "hadamard": [sylvester(block)] * 3, "matrix": list(orthogonal(width, block))}[kind]
+    rotation = {"none": None, "hadamard": block, "matrix": matrices and torch.stack(matrices).to(DEVICE)}[kind]
+    permutation = torch.randperm(width, device=DEVICE)
+    actual = reference.fused_transform(x, Transform(None, permutation, rotation), prologue)
+    check(*actual, by_formula(x, prologue, permutation, matrices))
+
+
+def run_kernel(x: Tensor, width: int, given: Transform, prologue: Prologue) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the kernel into poisoned outputs; on a CPU in the interpreter, which must not be given 16-bit dots."""
+    from openpi_duquant.kernels import transform_triton  # noqa: PLC0415
+
+    codes = torch.full((len(x), width), -99, dtype=torch.int8, device=DEVICE)
+    act_scale = torch.full((len(x), 1), -1.0, device=DEVICE)
+    row_sum = torch.full((len(x), 1), -(2**20), dtype=torch.int32, device=DEVICE)
+    rotation = given.rotation
+    hadamard, matrices = (rotation, None) if isinstance(rotation, int) else (0, rotation)
+    transform_triton.launch(
+        x, prologue.scale, prologue.shift, given.permutation, matrices, hadamard, (codes, act_scale, row_sum),
+        geglu=prologue.geglu, norm=prologue.norm, float32=not GPU or x.dtype == torch.float32,
+    )  # fmt: skip
+    return codes, act_scale, row_sum
+
+
+@pytest.mark.triton
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # the interpreter's, of gates far below zero
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width", "block"), [(1, 64, 16), (3, 192, 64), (5, 384, 128), (17, 96, 32)])
+@pytest.mark.parametrize("name", PROLOGUES)
+@pytest.mark.parametrize("kind", ["none", "hadamard", "matrix"])
+@pytest.mark.parametrize("permuted", [True, False])
+def test_the_kernel_is_the_definition(
+    name: str, kind: str, dtype: torch.dtype, rows: int, width: int, block: int, *, permuted: bool
+) -> None:
+    torch.manual_seed(1)
+    prologue = prologue_of(name, width)
+    x = inputs(rows, width, dtype, geglu=prologue.geglu)
+    rotation = {"none": None, "hadamard": block, "matrix": orthogonal(width, block).to(DEVICE)}[kind]
+    given = Transform(None, torch.randperm(width, device=DEVICE) if permuted else None, rotation)
+    codes, act_scale, row_sum = run_kernel(x, width, given, prologue)
+    expected, scale, _ = reference.fused_transform(x, given, prologue)
+    torch.testing.assert_close(act_scale, scale, rtol=2e-3 if dtype != torch.float32 else 1e-5, atol=0)
+    difference = (codes.int() - expected.int()).abs()
+    assert difference.max() <= 1
+    assert difference.count_nonzero() <= max(1, 1e-3 * difference.numel())
+    assert torch.equal(row_sum, codes.sum(1, keepdim=True, dtype=torch.int32))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("kind", ["hadamard", "matrix"])
+def test_rows_may_lie_apart(kind: str) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(6, 200, device=DEVICE)[::2, :128]
+    given = Transform(None, None, 32 if kind == "hadamard" else orthogonal(128, 32).to(DEVICE))
+    codes, _, _ = run_kernel(x, 128, given, Prologue())
+    assert (codes.int() - reference.fused_transform(x, given)[0].int()).abs().max() <= 1
+
+
+@pytest.mark.triton
+def test_many_rows_take_two_at_a_time() -> None:
+    torch.manual_seed(3)
+    x = torch.randn(265, 64, device=DEVICE)
+    codes, act_scale, row_sum = run_kernel(x, 64, Transform(None, None, 64), Prologue())
+    check(codes, act_scale, row_sum, by_formula(x, Prologue(), None, [sylvester(64)]))
+
+
+def test_what_the_kernels_do_not_take_is_said() -> None:
+    assert transform.why_not_fused(Transform(None, None, 64), 2048) is None
+    assert "before" in transform.why_not_fused(Transform(orthogonal(64, 16), None, None), 64)
+    assert "256" in transform.why_not_fused(Transform(None, None, 256), 2048)
+    assert "16385" in transform.why_not_fused(Transform(), 16385)
+
+
+def test_without_a_gpu_the_definition_runs() -> None:
+    x = torch.randn(3, 64)
+    for actual, expected in zip(
+        transform.fused_transform(x, Transform(None, None, 16)), reference.fused_transform(x, Transform(None, None, 16))
+    ):
+        assert torch.equal(actual, expected)

@@ -1,0 +1,110 @@
+"""The Triton matmul against integers of 64 bits; without a GPU in Triton's interpreter."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_duquant import packing
+from openpi_duquant.kernels import tiles
+from openpi_duquant.kernels import triton_matmul
+from openpi_duquant.kernels.tiles import Tile
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+SHAPES = [(1, 64, 16), (3, 192, 40), (17, 200, 64), (33, 96, 136)]
+SMALL = Tile(16, 32, 32, 2, 4, 2)
+INT8_SMALL = Tile(16, 32, 64, 1, 4, 2)
+
+
+def operands(m: int, k: int, n: int, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes over their full range, both ends among them, and scales."""
+    low, high = (-8, 8) if bits == 4 else (-128, 128)
+    a, w = torch.randint(-127, 128, (m, k)), torch.randint(low, high, (n, k))
+    a[0, :2], w[0, :2], w[-1, -2:] = torch.tensor([-127, 127]), torch.tensor([low, high - 1]), low
+    return a.to(DEVICE), w.to(DEVICE), torch.rand(m, 1, device=DEVICE) + 0.5, torch.rand(n, 1, device=DEVICE) + 0.5
+
+
+def run(a: Tensor, w: Tensor, bits: int, scales: tuple[Tensor, Tensor], dtype: torch.dtype, **given: object) -> Tensor:
+    """Launches the kernel into a poisoned output."""
+    from openpi_duquant.kernels import matmul_triton  # noqa: PLC0415
+
+    out = torch.full((len(a), len(w)), torch.nan, dtype=dtype, device=DEVICE)
+    weight = triton_matmul.repack(packing.pack(w.to(torch.int8), bits))
+    options = dict.fromkeys(("bias", "matrices", "residual", "gate")) | {"hadamard": 0} | given
+    tile = SMALL if bits == 4 else INT8_SMALL
+    matmul_triton.launch(out, a.to(torch.int8), scales[0], weight, scales[1], tile=tile, interpreted=not GPU, **options)
+    return out
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_repacking_keeps_every_code(bits: int) -> None:
+    low = -(2 ** (bits - 1))
+    packed = packing.pack(torch.randint(low, -low, (5, 24)).to(torch.int8), bits)
+    assert torch.equal(triton_matmul.canonical(triton_matmul.repack(packed)), packed)
+
+
+def test_a_repacked_byte_holds_channels_half_a_row_apart() -> None:
+    codes = torch.tensor([[-8, 1, 2, 3, 4, 5, 6, 7]], dtype=torch.int8)
+    assert triton_matmul.repack(packing.pack(codes, 4)).tolist() == [[0x48, 0x51, 0x62, 0x73]]
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_sums_are_exact(m: int, k: int, n: int, bits: int) -> None:
+    torch.manual_seed(0)
+    a, w, _, _ = operands(m, k, n, bits)
+    ones = torch.ones(m, 1, device=DEVICE), torch.ones(n, 1, device=DEVICE)
+    expected = (a.double() @ w.double().T).long()  # below 2^24, so that fp32 holds every one of them
+    assert expected.abs().max() < 2**24
+    for _ in range(3):
+        assert torch.equal(run(a, w, bits, ones, torch.float32).long(), expected)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])])
+@pytest.mark.parametrize("extra", ["none", "bias", "hadamard", "matrices", "residual", "gated"])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 32), (17, 200, 64)])
+def test_the_epilogue_is_the_formula(m: int, k: int, n: int, extra: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    a, w, act_scale, weight_scale = operands(m, k, n, 4)
+    scales = act_scale * 0.01, weight_scale * 0.01
+    y = (a.double() @ w.double().T) * scales[0].double() * scales[1].double().T
+    bias, gate = torch.randn(n, device=DEVICE), torch.randn(n, device=DEVICE)
+    residual = torch.randn(m, n, device=DEVICE).to(dtype)
+    matrices = torch.linalg.qr(torch.randn(n // 16, 16, 16))[0].bfloat16().contiguous().to(DEVICE)
+    given: dict[str, object] = {}
+    if extra == "bias":
+        given, y = {"bias": bias}, y + bias
+    if extra == "hadamard":
+        signs = [[(-1) ** (i & j).bit_count() for j in range(32)] for i in range(32)]
+        block = torch.tensor(signs, dtype=torch.float64, device=DEVICE) / 32**0.5
+        given, y = {"hadamard": 32}, torch.cat([part @ block for part in y.split(32, 1)], 1)
+    if extra == "matrices":
+        given = {"matrices": matrices}
+        y = torch.cat([part @ matrix.double() for part, matrix in zip(y.split(16, 1), matrices, strict=True)], 1)
+    if extra == "residual":
+        given, y = {"residual": residual}, y + residual
+    if extra == "gated":
+        given, y = {"residual": residual, "gate": gate}, y * gate + residual
+    actual = run(a, w, 4, scales, dtype, **given)
+    error = (actual.double() - y).abs().max() / y.abs().max()
+    assert error < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 65, 968, 5000])
+@pytest.mark.parametrize(("n", "k"), [(2560, 2048), (33, 70), (32768, 2048)])
+def test_every_shape_has_a_tile(m: int, n: int, k: int) -> None:
+    for architecture in ("sm_90", "sm_80"):
+        tile = tiles.tile_for(architecture, m, n, k, bits=4)
+        assert all(size & (size - 1) == 0 and size >= 16 for size in tile[:3])
+
+
+def test_measured_tiles_are_used_up_to_their_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {"sm_90": {"W4 64x128": {"32": [32, 64, 128, 1, 4, 3]}}}
+    monkeypatch.setattr(tiles, "_measured", lambda: measured)
+    assert tiles.tile_for("sm_90", 32, 64, 128, bits=4) == Tile(32, 64, 128, 1, 4, 3)
+    assert tiles.tile_for("sm_90", 17, 64, 128, bits=4) == Tile(32, 64, 128, 1, 4, 3)
+    for other in [("sm_90", 33, 64, 128, 4), ("sm_90", 16, 64, 128, 4), ("sm_80", 32, 64, 128, 4)]:
+        assert tiles.tile_for(*other) == tiles.by_rule(other[1], 64, 64)
+    assert tiles.tile_for("sm_90", 32, 64, 128, bits=8) == tiles.by_rule(32, 64, 128)
