@@ -23,6 +23,8 @@ from openpi_duquant.profiling import profile_until_exit
 
 logger = logging.getLogger("openpi_duquant")
 
+_ANY_LAYER = kernels.Problem(2048, 1024, 4, 8, 1, "none", 0, torch.bfloat16)
+
 
 def load_model(folder: pathlib.Path, config: Pi0ConfigLike, quantization: Quantization) -> nn.Module:
     """The quantized model of a checkpoint; an original one is converted first, once.
@@ -50,7 +52,10 @@ def load_model(folder: pathlib.Path, config: Pi0ConfigLike, quantization: Quanti
         logger.warning(
             "profiling runs without torch.compile and without CUDA graphs: inside them nothing is timed apart"
         )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where openpi puts it
     kernels.check_name(environment.backend)  # a conversion takes minutes: refuse before it
+    if device.type == "cpu":
+        kernels.resolve(environment.backend, _ANY_LAYER, device)
     folder = converted_folder(folder, quantization)
     manifest = Manifest.load(folder)
     for field in ("pi05", "action_dim"):
@@ -58,7 +63,6 @@ def load_model(folder: pathlib.Path, config: Pi0ConfigLike, quantization: Quanti
         if has != wanted:
             raise DuQuantError(f"{folder}: its model has {field}={has}, the config {wanted}; take the config it is of")
     load = {"engine": EngineModel.load, "module": load_module}[environment.runtime]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where openpi puts it
     problems = [spec.problem(getattr(torch, config.dtype)) for spec in manifest.layers.values()]
     kernels.load(environment.backend, problems, device)
     model = load(folder, manifest, config, backend=environment.backend).to(device)

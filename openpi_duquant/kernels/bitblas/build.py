@@ -11,13 +11,11 @@ import subprocess
 import sys
 import tempfile
 
-from rich.console import Console
-from rich.progress import track
-
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels.bitblas import cache
 from openpi_duquant.kernels.bitblas import patches
 from openpi_duquant.kernels.bitblas.operators import Operator
+from openpi_duquant.progress import progress_bar
 
 _NVCC = "/usr/local/cuda/bin/nvcc"
 _GENERATE = "openpi_duquant.kernels.bitblas.generate"
@@ -72,8 +70,12 @@ def _run(job: dict[str, object], title: str) -> None:
         try:
             with contextlib.suppress(BrokenPipeError), process.stdin:  # its exit status says why
                 json.dump(job, process.stdin)
-            lines = track(process.stdout, title, total, console=Console(stderr=True))
-            done = sum(line.startswith("bitblas_") for line in lines)
+            done = 0
+            with progress_bar(title, total) as advance:
+                for line in process.stdout:
+                    if line.startswith("bitblas_"):
+                        done += 1
+                        advance(1)
         except BaseException:
             process.terminate()
             raise
