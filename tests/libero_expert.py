@@ -1,10 +1,22 @@
-"""A policy that is not learned: it knows where things are, and puts the named one into the basket."""
+"""A policy that is not learned: it knows where things are, and puts the named one into the basket.
 
+As a script it is an evaluation in a process of its own: libero_expert.py <results> <assets> <call to be killed at>.
+"""
+
+import functools
+import os
+import pathlib
+import signal
+import sys
 from typing import Any
 
 from libero_standins import FLOOR
 import numpy as np
 
+from openpi_duquant.libero.episode import Settings
+from openpi_duquant.libero.evaluation import Arguments
+from openpi_duquant.libero.evaluation import Evaluation
+from openpi_duquant.libero.runner import Runner
 from openpi_duquant.libero.simulator import LiberoSimulator
 
 CHUNK = 5
@@ -18,11 +30,9 @@ CLOSE, OPEN = 1.0, -1.0
 class Expert:
     """openpi's policy interface over positions that are read from the simulator, not from the images."""
 
-    metadata: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, simulator: LiberoSimulator) -> None:
-        self.simulator = simulator
-        self.calls = 0
+    def __init__(self, simulator: LiberoSimulator, die_at_call: int = -1) -> None:
+        self._simulator, self._die_at_call = simulator, die_at_call
+        self._calls = 0
         self.reset()
 
     def reset(self) -> None:
@@ -31,7 +41,9 @@ class Expert:
 
     def infer(self, obs: dict[str, Any]) -> dict[str, np.ndarray]:
         """CHUNK equal actions [CHUNK, 7] towards the target of the present phase."""
-        self.calls += 1
+        if self._calls == self._die_at_call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._calls += 1
         hand = np.asarray(obs["observation/state"][:3])
         target, gripper = self._target(hand, obs["prompt"])
         move = np.clip((target - hand) / (CHUNK * METRES_PER_ACTION) * 1.6, -1.0, 1.0)
@@ -59,5 +71,22 @@ class Expert:
         return target, gripper
 
     def _position(self, name: str) -> np.ndarray:
-        environment = self.simulator.environment.env
+        environment = self._simulator.environment.env
         return np.array(environment.sim.data.body_xpos[environment.obj_body_id[name]])
+
+
+def build(arguments: Arguments, simulator: LiberoSimulator, _: int, die_at_call: int = -1) -> Runner:
+    """The runner of an evaluation, with videos; the process is killed at one of the expert's calls."""
+    videos = arguments.results_dir / "videos"
+    videos.mkdir(parents=True, exist_ok=True)
+    expert = Expert(simulator, die_at_call)
+    return Runner(simulator, expert, arguments.settings, None, (videos, "stand-in-assets_"))
+
+
+if __name__ == "__main__":
+    folder, assets, call = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
+    few = {"tasks": (0, 1), "num_trials_per_task": 2, "settings": Settings(max_steps=40)}
+    asked = Arguments(host=("expert",), task_suite_name="libero_object", results_dir=folder, resume=True, **few)
+    make = functools.partial(build, asked, LiberoSimulator("libero_object", assets), die_at_call=call)
+    with Evaluation(asked, stand_ins=True, build=make) as evaluation:
+        list(evaluation.run())

@@ -75,6 +75,11 @@ class Arguments:
     num_workers: int = 1
     ray_address: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("checkpoint", "results_dir", "assets"):  # workers have a working directory of their own
+            path = getattr(self, name)
+            object.__setattr__(self, name, path and path.absolute())
+
     def episodes(self) -> list[Episode]:
         """All episodes, trial by trial within a task.
 

@@ -16,7 +16,7 @@ from openpi_duquant.config import read_environment
 from openpi_duquant.libero.episode import Policy
 
 SUFFIX = "_duquant"
-CONNECT_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 20.0
 
 
 def check_checkpoint(folder: pathlib.Path, config: str) -> None:

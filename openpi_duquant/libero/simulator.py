@@ -83,10 +83,12 @@ class LiberoSimulator:
 
 
 def prepare(assets: pathlib.Path | None = None) -> tuple[pathlib.Path, str]:
-    """Checks what LIBERO needs and tells it where that is, before it is imported; returns the folder of
-    the assets, and what renders.
+    """Checks what LIBERO needs, and tells it where that is before it is imported.
 
     LIBERO_CONFIG_PATH and MUJOCO_GL are taken from the environment where they are set.
+
+    Returns:
+        The folder of the assets, and what MuJoCo renders with.
 
     Raises:
         DuQuantError: If LIBERO, its assets or a way to render are missing.

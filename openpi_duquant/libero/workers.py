@@ -63,7 +63,8 @@ class RayWorkers:
             cpus, gpus = (_share(ray.cluster_resources().get(kind, 0), count) for kind in ("CPU", "GPU"))
             self._worker = ray.remote(num_cpus=cpus, num_gpus=gpus)(Worker)
             self._workers = [self._worker.remote(build, index) for index in range(count)]
-            self.facts, *others = [self._get(worker.facts.remote()) for worker in self._workers]
+            asked = [worker.facts.remote() for worker in self._workers]  # all at once: they load side by side
+            self.facts, *others = map(self._get, asked)
             if any(facts != self.facts for facts in others):
                 raise DuQuantError("the workers' policies differ: every server must serve the same checkpoint")
         except ray.exceptions.RayActorError as error:
