@@ -133,10 +133,11 @@ def check(arguments: Arguments) -> tuple[list[str], bool]:
         raise DuQuantError(f"{arguments.results_dir}: holds a run; --resume continues it, --results-dir names another")
     if arguments.videos and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise DuQuantError("videos need imageio and imageio-ffmpeg: install them, or say --no-videos")
-    assets, rendering = prepare(arguments.assets)
-    stand_ins = are_stand_ins(assets)
-    where = f"assets: {assets}{f' ({STAND_INS}: this is no LIBERO result)' if stand_ins else ''}"
-    return [policy, where, f"rendering: {rendering}", f"GPU: {stamp()['gpu'] or 'none'}"], stand_ins
+    found = prepare(arguments.assets)
+    stand_ins = are_stand_ins(found.assets)
+    assets = f"assets: {found.assets}{f' ({STAND_INS}: this is no LIBERO result)' if stand_ins else ''}"
+    machine = f"MuJoCo: {found.rendering}", f"GPU: {stamp()['gpu'] or 'none'}"
+    return [policy, assets, f"LIBERO config: {found.config}", *machine], stand_ins
 
 
 def servers(arguments: Arguments) -> list[tuple[str, int]]:

@@ -1,6 +1,7 @@
 """Where actions come from: a policy in this process, or a server."""
 
 from collections.abc import Mapping
+import dataclasses
 import pathlib
 import time
 from typing import Any
@@ -65,6 +66,8 @@ def check_served(facts: Mapping[str, Any] | None, config: str | None) -> None:
 def load_in_process(checkpoint: pathlib.Path, config: str) -> tuple[Policy, dict[str, Any]]:
     """openpi's policy of a checkpoint, quantized if the config's name ends in _duquant; and what it says of itself.
 
+    Compiled as openpi does it, unless OPENPI_DISABLE_TORCH_COMPILE=1.
+
     Raises:
         DuQuantError: If openpi is missing, the config unknown, or the checkpoint cannot be loaded.
     """
@@ -79,6 +82,9 @@ def load_in_process(checkpoint: pathlib.Path, config: str) -> tuple[Policy, dict
     else:
         from openpi.policies import policy_config  # noqa: PLC0415
 
+        if not read_environment().compile:
+            model = dataclasses.replace(train_config.model, pytorch_compile_mode=None)
+            train_config = dataclasses.replace(train_config, model=model)
         policy = policy_config.create_trained_policy(train_config, checkpoint)
     return policy, dict(policy.metadata)
 

@@ -6,7 +6,7 @@ import importlib.util
 import pathlib
 import sys
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,7 +39,7 @@ class LiberoSimulator:
     """
 
     def __init__(self, suite: str, assets: pathlib.Path | None = None) -> None:
-        self.assets, _ = prepare(assets)
+        self.assets = prepare(assets).assets
         from libero.libero import benchmark  # noqa: PLC0415
 
         with contextlib.redirect_stdout(sys.stderr):  # LIBERO's chatter
@@ -82,13 +82,18 @@ class LiberoSimulator:
         self._task = task
 
 
-def prepare(assets: pathlib.Path | None = None) -> tuple[pathlib.Path, str]:
+class Prepared(NamedTuple):
+    """Folder of the assets, LIBERO's config file, and what MuJoCo renders with."""
+
+    assets: pathlib.Path
+    config: pathlib.Path
+    rendering: str
+
+
+def prepare(assets: pathlib.Path | None = None) -> Prepared:
     """Checks what LIBERO needs, and tells it where that is before it is imported.
 
     LIBERO_CONFIG_PATH and MUJOCO_GL are taken from the environment where they are set.
-
-    Returns:
-        The folder of the assets, and what MuJoCo renders with.
 
     Raises:
         DuQuantError: If LIBERO, its assets or a way to render are missing.
@@ -106,7 +111,7 @@ def prepare(assets: pathlib.Path | None = None) -> tuple[pathlib.Path, str]:
     from libero import libero  # noqa: PLC0415
 
     libero._assets_path_cache = str(folder)  # noqa: SLF001 - else only its own folder, its cache and a download count
-    return folder, rendering
+    return Prepared(folder, config, rendering)
 
 
 def find_assets(package: pathlib.Path, assets: pathlib.Path | None) -> pathlib.Path:
