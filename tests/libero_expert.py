@@ -75,6 +75,20 @@ class Expert:
         return np.array(environment.sim.data.body_xpos[environment.obj_body_id[name]])
 
 
+def without_antialiasing() -> None:
+    """From now on LIBERO's images have ragged edges: on a CPU, smooth ones take most of the time of a step."""
+    from robosuite.utils.binding_utils import MjSim  # noqa: PLC0415 - after MUJOCO_GL is set
+
+    make = MjSim.from_xml_string
+
+    def from_xml_string(xml: str) -> MjSim:
+        simulation = make(xml)
+        simulation.model._model.vis.quality.offsamples = 0
+        return simulation
+
+    MjSim.from_xml_string = staticmethod(from_xml_string)
+
+
 def build(arguments: Arguments, simulator: LiberoSimulator, _: int, die_at_call: int = -1) -> Runner:
     """The runner of an evaluation, with videos; the process is killed at one of the expert's calls."""
     videos = arguments.results_dir / "videos"
@@ -87,6 +101,8 @@ if __name__ == "__main__":
     folder, assets, call = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
     few = {"tasks": (0, 1), "num_trials_per_task": 2, "settings": Settings(max_steps=40)}
     asked = Arguments(host=("expert",), task_suite_name="libero_object", results_dir=folder, resume=True, **few)
-    make = functools.partial(build, asked, LiberoSimulator("libero_object", assets), die_at_call=call)
+    simulator = LiberoSimulator("libero_object", assets)
+    without_antialiasing()
+    make = functools.partial(build, asked, simulator, die_at_call=call)
     with Evaluation(asked, stand_ins=True, build=make) as evaluation:
         list(evaluation.run())

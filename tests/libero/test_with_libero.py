@@ -52,6 +52,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def simulator(assets: pathlib.Path) -> Iterator[LiberoSimulator]:
     """libero_object on stand-ins."""
     simulator = LiberoSimulator("libero_object", assets)
+    libero_expert.without_antialiasing()
     yield simulator
     simulator.close()
 
