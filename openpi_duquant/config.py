@@ -338,3 +338,8 @@ def read_environment(environment: Mapping[str, str] | None = None) -> Environmen
         except (ValueError, DuQuantError) as error:
             raise DuQuantError(f"environment variable {name}={text!r}: {error}") from None
     return Environment(fields, **switches)
+
+
+def default_variable(name: str, value: str) -> str:
+    """Sets another library's variable where nobody has, for this process; returns what it is then."""
+    return os.environ.setdefault(name, value)
