@@ -14,6 +14,7 @@ from openpi_duquant.commands.convert_checkpoint import convert_checkpoint
 from openpi_duquant.commands.convert_checkpoint import defaults
 from openpi_duquant.commands.demo import demo
 from openpi_duquant.commands.doctor import doctor
+from openpi_duquant.commands.evaluate_libero import evaluate_libero
 from openpi_duquant.commands.inspect_checkpoint import inspect_checkpoint
 from openpi_duquant.commands.make_checkpoint import make_checkpoint
 from openpi_duquant.commands.serve_policy import serve_policy
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect-checkpoint": inspect_checkpoint,
     "make-checkpoint": make_checkpoint,
     "serve-policy": serve_policy,
+    "evaluate-libero": evaluate_libero,
     "demo": demo,
     "doctor": doctor,
     "build-kernels": build_kernels,
