@@ -344,3 +344,8 @@ def cache_folder() -> pathlib.Path:
     """Where files that can be made again are kept: `openpi-duquant` under $XDG_CACHE_HOME, or under ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache") / "openpi-duquant"  # noqa: PTH117
+
+
+def default_variable(name: str, value: str) -> str:
+    """Sets another library's variable where nobody has, for this process; returns what it is then."""
+    return os.environ.setdefault(name, value)

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(openpi_duquant.__file__).parent
 PARTS = (
     "config", "installation", "report", "profiling", "progress", "architecture", "packing", "transforms", "quant",
     "fitting", "kernels", "linear", "accuracy", "folds", "checkpoint", "conversion", "engine", "synthetic", "plugin",
-    "import_hook", "run", "commands", "__main__",
+    "import_hook", "run", "libero", "commands", "__main__",
 )  # fmt: skip
 
 

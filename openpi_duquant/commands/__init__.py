@@ -8,10 +8,13 @@ import sys
 import tyro
 
 from openpi_duquant.commands.bench_convert import bench_convert
+from openpi_duquant.commands.bench_linear import bench_linear
+from openpi_duquant.commands.build_kernels import build_kernels
 from openpi_duquant.commands.convert_checkpoint import convert_checkpoint
 from openpi_duquant.commands.convert_checkpoint import defaults
 from openpi_duquant.commands.demo import demo
 from openpi_duquant.commands.doctor import doctor
+from openpi_duquant.commands.evaluate_libero import evaluate_libero
 from openpi_duquant.commands.inspect_checkpoint import inspect_checkpoint
 from openpi_duquant.commands.make_checkpoint import make_checkpoint
 from openpi_duquant.commands.serve_policy import serve_policy
@@ -22,9 +25,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect-checkpoint": inspect_checkpoint,
     "make-checkpoint": make_checkpoint,
     "serve-policy": serve_policy,
+    "evaluate-libero": evaluate_libero,
     "demo": demo,
     "doctor": doctor,
+    "build-kernels": build_kernels,
     "bench-convert": bench_convert,
+    "bench-linear": bench_linear,
 }
 
 

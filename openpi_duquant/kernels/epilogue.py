@@ -1,12 +1,14 @@
 """What follows a matmul, in one launch: accumulators -> scales -> output restore -> bias -> output type.
 
-Defined by `reference.accumulate` and `reference.epilogue`; without a rotation the result is theirs to the last bit.
+Defined by `reference.accumulate` and `reference.epilogue`. Only where a fp32 output is rotated, which takes more exact
+products than the tensor cores have, the rotation is the reference's.
 """
 
 import torch
 from torch import Tensor
 
 from openpi_duquant import transforms
+from openpi_duquant.kernels import reference
 
 LARGEST_BLOCK = 128
 """Of an output rotation: a block is a tile of the kernel."""
@@ -35,6 +37,9 @@ def epilogue(
     Returns:
         [M, N] dtype.
     """
+    if dtype == torch.float32 and output_rotation is not None:
+        scaled = epilogue(accumulators, act_scale, weight_scale, None, None, dtype, row_sum)
+        return reference.epilogue(scaled, bias, output_rotation, dtype)
     hadamard, matrices = (output_rotation, None) if isinstance(output_rotation, int) else (0, output_rotation)
     return torch.ops.openpi_duquant.epilogue(
         accumulators, act_scale, weight_scale, row_sum, bias, matrices, hadamard, dtype

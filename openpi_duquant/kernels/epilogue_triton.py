@@ -1,6 +1,5 @@
 """The kernel of `epilogue`."""
 
-import torch
 from torch import Tensor
 import triton
 import triton.language as tl
@@ -15,15 +14,20 @@ def launch(
     bias: Tensor | None,
     matrices: Tensor | None,
     hadamard: int,
+    *,
+    part: tl.dtype = tl.bfloat16,
 ) -> None:
-    """Fills out [M, N]; arguments as `epilogue.epilogue`, contiguous, a rotation as matrices or by its size."""
+    """Fills out [M, N]; arguments as `epilogue.epilogue`, contiguous, a rotation as matrices or by its size.
+
+    A rotation multiplies rows as the sum of two numbers of type `part`: of bf16 they hold 16 bits of the 24.
+    """
     m, n = out.shape
     block = hadamard if matrices is None else matrices.shape[-1]
     rows, columns = (16 if m <= 64 else 64, max(block, 64)) if block else (4 if m < 256 else 8, 256)
     _epilogue[triton.cdiv(n, columns), triton.cdiv(m, rows)](
         out, accumulators, act_scale, weight_scale, row_sum, bias, matrices, m, n,
         HAS_SUM=row_sum is not None, HAS_BIAS=bias is not None, HADAMARD=hadamard > 0, BLOCK=block,
-        NORM=hadamard**-0.5 if hadamard else 1.0, HALF=out.dtype != torch.float32, ROWS=rows, COLUMNS=columns,
+        NORM=hadamard**-0.5 if hadamard else 1.0, PART=part, ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
 
 
@@ -31,7 +35,7 @@ def launch(
 def _epilogue(
     out, accumulators, act_scale, weight_scale, row_sum, bias, matrices, m, n,
     HAS_SUM: tl.constexpr, HAS_BIAS: tl.constexpr, HADAMARD: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
-    HALF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -56,13 +60,10 @@ def _epilogue(
             entry = (column[:, None] // BLOCK * BLOCK + i % BLOCK) * BLOCK + j % BLOCK
             known = same_block & in_columns[:, None] & in_columns[None, :]
             rotation = tl.load(matrices + entry, mask=known, other=0.0).to(tl.float32)
-        if HALF:  # y as the sum of two bf16 numbers: 16 bits of it, where the result keeps 8 or 11
-            high = y.to(tl.bfloat16)
-            low = (y - high.to(tl.float32)).to(tl.bfloat16)
-            rotation = rotation.to(tl.bfloat16)
-            y = tl.dot(high, rotation, tl.dot(low, rotation)) * NORM
-        else:
-            y = tl.dot(y, rotation, input_precision="tf32x3") * NORM  # its entries, of bf16, are exact in tf32
+        high = y.to(PART)
+        low = (y - high.to(tl.float32)).to(PART)
+        rotation = rotation.to(PART)
+        y = tl.dot(high, rotation, tl.dot(low, rotation)) * NORM
     if HAS_BIAS:
         y += tl.load(bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)

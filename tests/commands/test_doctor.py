@@ -29,7 +29,10 @@ def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
-def test_versions_and_every_backend_are_shown(doctor: Callable[[], tuple[object, str]]) -> None:
+def test_versions_and_every_backend_are_shown(
+    doctor: Callable[[], tuple[object, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, report = doctor()
     assert status == 0
     for version in (torch.__version__, platform.python_version(), importlib.metadata.version("numpy")):

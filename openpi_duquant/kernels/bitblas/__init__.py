@@ -6,9 +6,9 @@ finds its kernels in the cache needs neither BitBLAS nor nvcc.
 """
 
 from openpi_duquant.kernels.backend import Backend
+from openpi_duquant.kernels.bitblas.launch import matmul
 from openpi_duquant.kernels.bitblas.loading import can_run
 from openpi_duquant.kernels.bitblas.loading import load
-from openpi_duquant.kernels.bitblas.matmul import matmul
 from openpi_duquant.kernels.bitblas.operators import canonical
 from openpi_duquant.kernels.bitblas.operators import repack
 from openpi_duquant.kernels.bitblas.operators import wants_row_sum

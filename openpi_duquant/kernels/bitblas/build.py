@@ -1,6 +1,7 @@
 """Building operators: a process with BitBLAS in it generates and compiles them into the cache."""
 
 from collections.abc import Iterable
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -10,13 +11,11 @@ import subprocess
 import sys
 import tempfile
 
-from rich.console import Console
-from rich.progress import track
-
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels.bitblas import cache
 from openpi_duquant.kernels.bitblas import patches
 from openpi_duquant.kernels.bitblas.operators import Operator
+from openpi_duquant.progress import progress_bar
 
 _NVCC = "/usr/local/cuda/bin/nvcc"
 _GENERATE = "openpi_duquant.kernels.bitblas.generate"
@@ -63,20 +62,24 @@ def build(operators: Iterable[Operator], architecture: str) -> pathlib.Path:
 
 def _run(job: dict[str, object], title: str) -> None:
     total = len(job["operators"])
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", _GENERATE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
+    command, pipe = [sys.executable, "-m", _GENERATE], subprocess.PIPE
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as process,
+    ):
         try:
-            with process.stdin as stdin:
-                json.dump(job, stdin)
-            lines = track(process.stdout, title, total, console=Console(stderr=True))
-            done = sum(line.startswith("bitblas_") for line in lines)
-            process.wait()
-        finally:
-            process.kill()
-            process.wait()
-        if process.returncode or done < total:
+            with contextlib.suppress(BrokenPipeError), process.stdin:  # its exit status says why
+                json.dump(job, process.stdin)
+            done = 0
+            with progress_bar(title, total) as advance:
+                for line in process.stdout:
+                    if line.startswith("bitblas_"):
+                        done += 1
+                        advance(1)
+        except BaseException:
+            process.terminate()
+            raise
+        if process.wait() or done < total:
             errors.seek(0)
             tail = " ".join(errors.read()[-2000:].split())
             raise DuQuantError(f"{title} failed after {done}: {tail or 'no output'}")

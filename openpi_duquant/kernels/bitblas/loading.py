@@ -2,20 +2,18 @@
 
 from collections.abc import Iterable
 import importlib.util
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from openpi_duquant import packing
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.kernels import reference
 from openpi_duquant.kernels.backend import Problem
 from openpi_duquant.kernels.bitblas import build
 from openpi_duquant.kernels.bitblas import cache
 from openpi_duquant.kernels.bitblas import driver
 from openpi_duquant.kernels.bitblas import operators
-from openpi_duquant.kernels.bitblas.matmul import KERNELS
-from openpi_duquant.kernels.bitblas.matmul import accumulate
+from openpi_duquant.kernels.bitblas.launch import KERNELS
+from openpi_duquant.kernels.bitblas.self_test import self_test
 from openpi_duquant.kernels.epilogue import LARGEST_BLOCK
 
 _DTYPES = {
@@ -23,15 +21,13 @@ _DTYPES = {
     "w8a8": (torch.int8, torch.int8),
     "w4a16": (torch.float16, torch.uint8),
 }
-_REPEATS = 4
-_ORACLE_ELEMENTS = 2**22  # of fp64 weights at a time: 32 MB
-
-_refused: dict[tuple[int, ...], str] = {}
+_faults: dict[tuple[Any, ...], str] = {}
+"""What was wrong with a problem's kernels, so that not every layer alike tries again."""
 
 
 def can_run(problem: Problem, device: torch.device) -> tuple[bool, list[str]]:
     """See `Backend.can_run`."""
-    reasons = _unsupported(problem)
+    reasons = unsupported(problem)
     if device.type != "cuda":
         reasons.append(f"it needs a CUDA device, not {device.type}")
     elif torch.cuda.get_device_capability(device) < (8, 0):
@@ -43,7 +39,7 @@ def can_run(problem: Problem, device: torch.device) -> tuple[bool, list[str]]:
     return not reasons, reasons
 
 
-def _unsupported(problem: Problem) -> list[str]:
+def unsupported(problem: Problem) -> list[str]:
     """Reasons that lie in the layer itself."""
     reasons = []
     if operators.kind_of(problem) not in _DTYPES:
@@ -91,71 +87,45 @@ def load(problems: Iterable[Problem], device: torch.device) -> None:
     wanted = {_key(problem, device): problem for problem in problems if not _is_loaded(problem, device)}
     if not wanted:
         return
-    needed = [operator for problem in wanted.values() for operator in operators.operators(problem)]
+    fresh = [problem for key, problem in wanted.items() if key not in _faults]
+    needed = [operator for problem in fresh for operator in operators.operators(problem)]
     where = architecture(device), driver.version()
     missing = [operator for operator in needed if cache.find(operator.name, *where) is None]
-    if missing:
-        build.build(missing, where[0])
+    failure = _build(missing, where[0]) if missing else None
     for key, problem in wanted.items():
-        if key not in _refused:
-            KERNELS[key] = tuple(_load(operator, where, key[0]) for operator in operators.operators(problem))
-            fault = self_test(problem, torch.device("cuda", key[0]))
-            if fault:
-                _refused[key] = fault
-                del KERNELS[key]
-    for key in wanted:
-        if key in _refused:
-            raise DuQuantError(_refused[key])
+        if key not in _faults and (fault := _start(key, problem, where, failure)):
+            _faults[key] = fault
+            KERNELS.pop(key, None)
+    found = dict.fromkeys(_faults[key] for key in wanted if key in _faults)
+    if found:
+        raise DuQuantError("; ".join(found))
 
 
-def _load(operator: operators.Operator, where: tuple[str, tuple[int, int]], device: int) -> driver.Kernel:
-    entry = cache.find(operator.name, *where)
-    if entry is None:
-        raise DuQuantError(f"the kernels built are for a newer CUDA than this driver's {where[1]}; update the driver")
+def _build(missing: list[operators.Operator], name: str) -> str | None:
+    try:
+        build.build(missing, name)
+    except DuQuantError as error:
+        return str(error)
+    return None
+
+
+def _start(
+    key: tuple[Any, ...], problem: Problem, where: tuple[str, tuple[int, int]], failure: str | None
+) -> str | None:
+    """Loads and tests the operators of one problem; returns what is wrong with them."""
+    try:
+        found = [(operator, cache.find(operator.name, *where)) for operator in operators.operators(problem)]
+        if not all(entry for _, entry in found):
+            return failure or f"the kernels built are for a newer CUDA than this driver's {where[1]}; update the driver"
+        KERNELS[key] = tuple(_load(operator, entry, key[0]) for operator, entry in found)
+    except DuQuantError as error:
+        return str(error)
+    return self_test(problem, torch.device("cuda", key[0]))
+
+
+def _load(operator: operators.Operator, entry: cache.Entry, device: int) -> driver.Kernel:
     try:
         code, launch = entry.read()
         return driver.load(code, operator.name, launch, device)
     except (DuQuantError, OSError, ValueError, KeyError) as error:
         raise DuQuantError(f"{entry.path}: {error}; delete it and the .cubin beside it") from None
-
-
-def self_test(problem: Problem, device: torch.device) -> str | None:
-    """Compares accumulators with integer arithmetic: full range, odd numbers of tokens, repeatedly.
-
-    Returns:
-        What was wrong and how to report it, or None.
-    """
-    random = torch.Generator(device).manual_seed(0)
-    n, k = problem.out_features, problem.in_features
-    shape, dtype = ((n, k // 2), torch.uint8) if problem.weight_bits == 4 else ((n, k), torch.int8)
-    canonical = torch.randint(0, 256, shape, generator=random, device=device, dtype=torch.uint8).view(dtype)
-    weight = operators.repack(problem, canonical)
-    for operator, tokens in zip(
-        operators.operators(problem), ((1, 3, operators.SMALL - 1), (operators.SMALL + 1, 127))
-    ):
-        for m in tokens:
-            codes = torch.randint(-127, 128, (m, k), generator=random, device=device, dtype=torch.int8)
-            expected = _oracle(codes, canonical)
-            for _ in range(_REPEATS):
-                wrong = (integers(codes, weight, problem) != expected).sum().item()
-                if wrong:
-                    return (
-                        f"{operator.name} computed {wrong} of {expected.numel()} sums wrongly for {m} tokens on "
-                        f"{torch.cuda.get_device_name(device)}; please report this line and what openpi-duquant "
-                        "doctor shows as an issue of openpi-duquant"
-                    )
-    return None
-
-
-def integers(codes: Tensor, weight: Tensor, problem: Problem) -> Tensor:
-    """Accumulators [M, N] of codes [M, K] and a repacked weight, as int32."""
-    if problem.activation_bits == 16:
-        return accumulate(codes.half(), weight).to(torch.int32)
-    sums = accumulate(codes, weight)
-    return sums - 8 * codes.sum(1, keepdim=True, dtype=torch.int32) if problem.weight_bits == 4 else sums
-
-
-def _oracle(codes: Tensor, canonical: Tensor) -> Tensor:
-    rows = max(1, _ORACLE_ELEMENTS // codes.shape[1])
-    parts = [reference.integer_matmul(codes, packing.unpack(part)) for part in canonical.split(rows)]
-    return torch.cat(parts, dim=1)

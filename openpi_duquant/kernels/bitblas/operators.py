@@ -14,8 +14,8 @@ K_MULTIPLE = 64
 N_MULTIPLE = 16
 """Out channels must be a multiple of this: that of the narrowest tile."""
 
-SMALL = 64
-"""Up to so many tokens the tile for few tokens is used, above the one for many."""
+BUCKETS = (64, 640)
+"""Most tokens of the operators for few and for some; beyond, there is one for many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,22 +78,44 @@ def kind_of(problem: Problem) -> str:
     return f"w{problem.weight_bits}a{problem.activation_bits}"
 
 
-def operators(problem: Problem) -> tuple[Operator, Operator]:
-    """The operators for few tokens (M <= SMALL) and for many."""
+def operators(problem: Problem) -> tuple[Operator, Operator, Operator]:
+    """The operators for few, some and many tokens (see `BUCKETS`); some of them may be the same."""
     kind, n, k = kind_of(problem), problem.out_features, padded(problem.in_features)
-    few, many = _tiles(kind, n, k)
-    return Operator(kind, n, k, few), Operator(kind, n, k, many)
+    tiles = _FLOAT16 if kind == "w4a16" else _tiles(kind, n, k)
+    few, some, many = (Operator(kind, n, k, _fit(choice, n, k)) for choice in tiles)
+    return few, some, many
 
 
-def _tiles(kind: str, n: int, k: int) -> tuple[Tile, Tile]:
-    """Tiles for few and for many tokens."""
-    chunk = next(c for c in (128, 64) if k % c == 0)
-    if kind == "w4a16":
-        return Tile(1, 1, 16, 16, 64, 2), Tile(2, 1, 32, 16, 64, 2)
-    columns = next(c for c in (128, 64, 32, 16) if n % c == 0)
-    widest = next(c for c in (256, 128, 64) if k % c == 0)
-    few = Tile(4, 1, 16, 16, widest, 3) if widest > 64 else Tile(2, 1, 16, 16, 64, 3)
-    return few, Tile(2, 2 if columns > 16 else 1, 64, columns // 2 if columns > 16 else 16, chunk, 2)
+def bucket(tokens: int) -> int:
+    """Index of the operator for that many tokens."""
+    return (tokens > BUCKETS[0]) + (tokens > BUCKETS[1])
+
+
+# Measured on an H200 at the shapes of pi0.5, M = 10 and 50, 536, 968: see docs/kernels.md.
+_NARROW = Tile(4, 1, 16, 16, 256, 4)
+_WIDE = Tile(1, 4, 16, 16, 256, 4)
+_WIDE_AND_DEEP = Tile(1, 4, 16, 16, 256, 5)
+_SLIM = Tile(2, 2, 32, 16, 256, 3)
+_SQUARE = Tile(2, 2, 32, 32, 128, 3)
+_LARGE = Tile(2, 4, 64, 32, 128, 3)
+_FLOAT16 = (Tile(1, 1, 16, 16, 64, 2),), (Tile(2, 1, 32, 16, 64, 2),), (Tile(2, 1, 32, 16, 64, 2),)
+_SQUARE_FOR_MANY = (2560, 2048)  # q, k and v together: large tiles would make two waves, the second almost empty
+
+
+def _tiles(kind: str, n: int, k: int) -> tuple[tuple[Tile, ...], ...]:
+    """For few, some and many tokens: tiles in order of preference, of which the last divides any N."""
+    if n <= 512:
+        return (_NARROW,), (_SLIM, _NARROW), (_SLIM, _NARROW)
+    deep = kind == "w4a8" and n < 8192  # int8 weights of five steps do not fit a small GPU's shared memory
+    few = _WIDE_AND_DEEP if deep else _WIDE, _NARROW
+    some = _SQUARE, _SLIM, _NARROW
+    return few, some, some if (n, k) == _SQUARE_FOR_MANY else (_LARGE, *some)
+
+
+def _fit(choice: tuple[Tile, ...], n: int, k: int) -> Tile:
+    """The first tile whose columns divide N, with steps that divide K."""
+    tile = next(tile for tile in choice if n % tile.columns == 0)
+    return dataclasses.replace(tile, chunk=next(c for c in (256, 128, 64) if c <= tile.chunk and k % c == 0))
 
 
 def wants_row_sum(problem: Problem) -> bool:

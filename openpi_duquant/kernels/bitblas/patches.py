@@ -1,6 +1,7 @@
-"""BitBLAS 0.1.0.post1 made to run without a GPU, and to generate right code. Imported only by `generate`.
+"""BitBLAS 0.1.0.post1 made to run without a GPU, and to generate right code.
 
 Each function mends one fault and says which. They were written for one version of BitBLAS and are refused to any other.
+Only `generate` applies them, in its own process.
 """
 
 import ctypes

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from openpi_duquant import transforms
 from openpi_duquant.kernels.bitblas.driver import Kernel
-from openpi_duquant.kernels.bitblas.operators import SMALL
+from openpi_duquant.kernels.bitblas.operators import bucket
 from openpi_duquant.kernels.epilogue import epilogue
+from openpi_duquant.profiling import span
 
-KERNELS: dict[tuple[int, torch.dtype, torch.dtype, int, int], tuple[Kernel, Kernel]] = {}
-"""Kernels for few and for many tokens, by device, dtypes of activation and weight, N and K; filled by `loading`."""
+KERNELS: dict[tuple[int, torch.dtype, torch.dtype, int, int], tuple[Kernel, ...]] = {}
+"""Kernels for few, some and many tokens, by device, dtypes of activation and weight, N and K; filled by `loading`."""
 
 
 def matmul(
@@ -30,7 +31,10 @@ def matmul(
         row_sum = a.sum(1, keepdim=True, dtype=torch.int32) if row_sum is None else row_sum
     else:
         row_sum = None
-    return epilogue(accumulate(a, weight), act_scale, weight_scale, bias, output_rotation, dtype, row_sum)
+    with span("matmul", a):
+        sums = accumulate(a, weight)
+    with span("output_restore", sums):
+        return epilogue(sums, act_scale, weight_scale, bias, output_rotation, dtype, row_sum)
 
 
 def accumulate(a: Tensor, weight: Tensor) -> Tensor:
@@ -59,7 +63,7 @@ def _on_gpu(a: Tensor, weight: Tensor) -> Tensor:
     device, (m, k), n = a.device.index, a.shape, len(weight)
     out = _fake(a, weight)
     if m:
-        kernel = KERNELS[device, a.dtype, weight.dtype, n, k][m > SMALL]
+        kernel = KERNELS[device, a.dtype, weight.dtype, n, k][bucket(m)]
         if device == torch.cuda.current_device():
             kernel(a.contiguous(), weight, out)
         else:
