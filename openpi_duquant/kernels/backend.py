@@ -78,10 +78,6 @@ def _needs_nothing(_problems: Iterable[Problem], _device: torch.device) -> None:
     pass
 
 
-def _never(_problem: Problem) -> bool:
-    return False
-
-
 def _as_it_is(_problem: Problem, weight: Tensor) -> Tensor:
     return weight
 
@@ -96,7 +92,6 @@ class Backend:
         load: Makes ready what these problems need on this device: builds, loads and tests kernels; raises DuQuantError.
         repack: From the canonical weight (see `packing`) to the one that `matmul` takes.
         canonical: Inverse of `repack`.
-        wants_row_sum: Whether `matmul` of this problem uses the sums of the codes.
         adds_residual: Whether `matmul` also takes `residual` [M, N] and `gate` [N], for residual + gate * y.
     """
 
@@ -105,5 +100,4 @@ class Backend:
     load: Callable[[Iterable[Problem], torch.device], None] = _needs_nothing
     repack: Callable[[Problem, Tensor], Tensor] = _as_it_is
     canonical: Callable[[Problem, Tensor], Tensor] = _as_it_is
-    wants_row_sum: Callable[[Problem], bool] = _never
     adds_residual: bool = False

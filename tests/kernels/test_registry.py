@@ -59,6 +59,7 @@ def test_auto_moves_on_and_says_why_once(
     first: Backend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(kernels.BACKENDS, "bitblas", first)
+    monkeypatch.setattr(kernels, "AUTO", ("bitblas", "reference"))
     with caplog.at_level(logging.INFO, "openpi_duquant.kernels"):
         for width in range(64, 6400, 64):
             assert kernels.resolve("auto", dataclasses.replace(PROBLEM, in_features=width), CPU) == "reference"

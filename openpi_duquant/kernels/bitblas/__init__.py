@@ -11,6 +11,5 @@ from openpi_duquant.kernels.bitblas.loading import can_run
 from openpi_duquant.kernels.bitblas.loading import load
 from openpi_duquant.kernels.bitblas.operators import canonical
 from openpi_duquant.kernels.bitblas.operators import repack
-from openpi_duquant.kernels.bitblas.operators import wants_row_sum
 
-BACKEND = Backend(matmul, can_run, load, repack, canonical, wants_row_sum)
+BACKEND = Backend(matmul, can_run, load, repack, canonical)

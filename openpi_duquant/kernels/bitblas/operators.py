@@ -118,11 +118,6 @@ def _fit(choice: tuple[Tile, ...], n: int, k: int) -> Tile:
     return dataclasses.replace(tile, chunk=next(c for c in (256, 128, 64) if c <= tile.chunk and k % c == 0))
 
 
-def wants_row_sum(problem: Problem) -> bool:
-    """W4A8 multiplies w + 8, for which decoding is fast and right; 8 * sum(a) is subtracted later."""
-    return kind_of(problem) == "w4a8"
-
-
 def repack(problem: Problem, weight: Tensor) -> Tensor:
     """The canonical weight, [N, K/2] uint8 or [N, K] int8, in the operator's layout; in channels are padded.
 
