@@ -9,6 +9,7 @@ import tyro
 from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.commands.console import console
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.engine import layers_run
 from openpi_duquant.kernels.bitblas import build
 from openpi_duquant.kernels.bitblas import loading
 from openpi_duquant.kernels.bitblas import operators
@@ -17,14 +18,17 @@ from openpi_duquant.kernels.bitblas import operators
 def build_kernels(checkpoint: tyro.conf.Positional[pathlib.Path], *, arch: str = "auto") -> None:
     """Build the BitBLAS kernels that a converted checkpoint needs into the cache; needs BitBLAS and nvcc, no GPU.
 
-    Where the cache has them, the checkpoint runs without BitBLAS and without nvcc.
+    They are those of both runtimes: of the checkpoint's own layers, and of the engine's, which merges some. Where the
+    cache has them, the checkpoint runs without BitBLAS and without nvcc.
 
     Args:
         checkpoint: A checkpoint that convert-checkpoint made.
         arch: Architecture of the GPU they are for, as sm_90; auto is that of the GPU here.
     """
     architecture = _architecture(arch)
-    problems = {spec.problem(torch.bfloat16) for spec in Manifest.load(checkpoint).layers.values()}
+    manifest = Manifest.load(checkpoint)
+    specs = *manifest.layers.values(), *layers_run(manifest.architecture, manifest.layers)
+    problems = {spec.problem(torch.bfloat16) for spec in specs}
     reasons = {reason for problem in problems for reason in loading.unsupported(problem)}
     runnable = [problem for problem in problems if not loading.unsupported(problem)]
     for reason in sorted(reasons):

@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 
     def optimize_(self) -> None:
         """Leaves out a weight of zeros, as conversion leaves it where it folds the gain into the layers that follow."""
-        self.is_plain = not self.weight.any().item()
+        self.is_plain = not self.weight.is_meta and not self.weight.any().item()
 
     def prologue(self, modulation: None = None) -> tuple[Prologue, None]:
         """The norm, for the layers that read it, and no gate."""

@@ -19,6 +19,7 @@ from openpi_duquant.engine.placement import HostResident
 from openpi_duquant.engine.policy import Policy
 from openpi_duquant.engine.policy import build_policy
 from openpi_duquant.linear import LayerSpec
+from openpi_duquant.linear import QuantLinear
 from openpi_duquant.linear import prepare_
 
 
@@ -89,6 +90,20 @@ def assemble(
         policy.optimize_()
     prepare_(policy)
     return policy
+
+
+def layers_run(architecture: Architecture, layers: Mapping[str, LayerSpec]) -> list[LayerSpec]:
+    """The quantized layers as an optimized policy has them: merged, and without those that nothing reads.
+
+    Args:
+        architecture: Its sizes.
+        layers: The quantized layers of a checkpoint.
+    """
+    with torch.device("meta"):
+        policy = build_policy(architecture)
+    place_quant_linears(policy, layers, backend="auto", dtype=torch.bfloat16)
+    policy.optimize_()
+    return [module.spec for module in policy.modules() if isinstance(module, QuantLinear)]
 
 
 def _fill(

@@ -1,5 +1,6 @@
 """Calls as CUDA graphs: the same actions as without, whatever changes from call to call."""
 
+from collections import Counter
 from collections.abc import Iterator
 import dataclasses
 import pathlib
@@ -15,9 +16,12 @@ from openpi_duquant import load_policy
 from openpi_duquant import synthetic
 from openpi_duquant.accuracy import relative_error
 from openpi_duquant.architecture import Architecture
+from openpi_duquant.checkpoint import SafetensorsReader
 from openpi_duquant.config import PRESETS
 from openpi_duquant.conversion import convert
+from openpi_duquant.conversion import make_plan
 from openpi_duquant.engine import graphs
+from openpi_duquant.engine import layers_run
 from openpi_duquant.engine.observation import CAMERAS
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -65,6 +69,18 @@ def test_without_a_gpu_an_optimized_policy_gives_the_same_actions(folder: pathli
     for plain, optimized in zip(*map(answers, policies), strict=True):
         torch.testing.assert_close(optimized, plain, rtol=0, atol=2e-2)  # int8 rounds what fp32 sums otherwise
         assert relative_error(optimized, plain) < 5e-3
+
+
+def test_layers_that_read_one_input_run_as_one(tiny: Architecture, source: pathlib.Path) -> None:
+    with SafetensorsReader(source) as reader:
+        layers = make_plan(reader.types, PRESETS["default"]).layers
+    language, expert, size = tiny.language, tiny.expert, tiny.language.head_dim
+    q = tiny.language.num_heads * size
+    by_block = [(w.width, n) for w in (language, expert) for n in (q + 2 * size, 2 * w.mlp_dim)]
+    whole = Counter((spec.in_features, spec.out_features) for spec in layers_run(tiny, layers))
+    assert all(whole[shape] >= language.depth - 1 for shape in by_block)
+    assert whole[language.width, 2 * size] == 1  # of the last block only keys and values are read
+    assert whole.total() == 4 * (language.depth - 1) + 1 + 4 * expert.depth
 
 
 @on_gpu
