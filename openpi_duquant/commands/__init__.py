@@ -18,6 +18,7 @@ from openpi_duquant.commands.evaluate_libero import evaluate_libero
 from openpi_duquant.commands.inspect_checkpoint import inspect_checkpoint
 from openpi_duquant.commands.make_checkpoint import make_checkpoint
 from openpi_duquant.commands.serve_policy import serve_policy
+from openpi_duquant.commands.tune_tiles import tune_tiles
 from openpi_duquant.config import DuQuantError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "build-kernels": build_kernels,
     "bench-convert": bench_convert,
     "bench-linear": bench_linear,
+    "tune-tiles": tune_tiles,
 }
 
 

@@ -63,11 +63,17 @@ class Graphs:
         self._limit = limit
         self._captured: OrderedDict[tuple[object, ...], _Captured] = OrderedDict()
         self._pool: tuple[int, int] | None = None
+        self._finished: torch.cuda.Event | None = None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Number of graphs held."""
         return len(self._captured)
+
+    def clear(self) -> None:
+        """Forgets all graphs, because what they read has moved."""
+        with self._lock:
+            self._captured.clear()
 
     def padded(self, prefix: Prefix) -> Prefix:
         """The prefix with its prompts padded to a multiple of `PROMPT_BUCKET`, masked there."""
@@ -79,9 +85,10 @@ class Graphs:
         """Actions, of memory of their own; the first call of a shape captures its graph."""
         key = *inputs.shapes(), schedule.data_ptr(), len(schedule)
         with self._lock, torch.cuda.device(inputs.noise.device):
+            if self._finished is not None:  # graphs share memory, and threads may have streams of their own
+                self._finished.wait()
             if key not in self._captured:
-                while len(self._captured) >= self._limit:
-                    self._captured.popitem(last=False)
+                self._make_room()
                 self._captured[key] = self._capture(inputs, schedule)
             self._captured.move_to_end(key)
             captured = self._captured[key]
@@ -89,7 +96,14 @@ class Graphs:
                 if static is not None:
                     static.copy_(given, non_blocking=True)
             captured.graph.replay()
-            return captured.actions.clone()
+            actions = captured.actions.clone()
+            self._finished = torch.cuda.current_stream().record_event()
+            return actions
+
+    def _make_room(self) -> None:
+        while len(self._captured) >= self._limit:
+            torch.cuda.synchronize()  # the graph that goes may still run
+            self._captured.popitem(last=False)
 
     def _capture(self, inputs: Inputs, schedule: Tensor) -> _Captured:
         static = Inputs(*(x if x is None else x.clone() for x in inputs))

@@ -6,7 +6,7 @@ expert's lm_head, masked cameras and prompt padding.
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import itertools
 import math
 
@@ -91,6 +91,12 @@ class Policy(nn.Module, abc.ABC):
                 module.optimize_()
         self.graphs = Graphs(self.compute)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Policy":  # noqa: FBT001, FBT002
+        if self.graphs is not None:  # they hold the addresses of the weights
+            self.graphs.clear()
+        self._schedules.clear()
+        return super()._apply(fn, recurse)
+
     @torch.no_grad()
     def sample_actions(self, observation: Observation, noise: Tensor, *, num_steps: int = 10) -> Tensor:
         """Actions for a batch of observations.
@@ -124,7 +130,7 @@ class Policy(nn.Module, abc.ABC):
         """`schedule`, on the policy's device; kept, once the policy is optimized."""
         if self.graphs is None:
             return self.schedule(num_steps).to(self.device)
-        if num_steps not in self._schedules or self._schedules[num_steps].device != self.device:
+        if num_steps not in self._schedules:
             self._schedules[num_steps] = self.schedule(num_steps).to(self.device)
         return self._schedules[num_steps]
 
