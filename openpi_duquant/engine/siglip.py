@@ -89,7 +89,7 @@ class VisionModel(nn.Module):
     def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, 3, 224, 224] in [-1, 1] -> [B, 256, W] dtype."""
         patches = self.embeddings["patch_embedding"](images).flatten(2).transpose(1, 2)
-        x = (patches + self.embeddings["position_embedding"].weight).to(dtype)
+        x = (patches + self.embeddings["position_embedding"].weight).to(dtype).contiguous()
         for layer in self.encoder["layers"]:
             x = layer(x)
         return self.post_layernorm(x)
