@@ -45,8 +45,8 @@ def weight_scale(weight: Tensor, bits: int, group_size: int | None = None, searc
 
 
 def _positive(scale: Tensor) -> Tensor:
-    """1 in place of 0, where all values are zero or too small to be divided."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    """1 in place of 0, where all values are zero or too small to be divided; NaN stays, so that it is seen."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def _least_error(groups: Tensor, largest: Tensor, low: int, high: int) -> Tensor:

@@ -1,6 +1,7 @@
 """openpi-duquant serve-policy."""
 
 import asyncio
+import itertools
 import logging
 import signal
 import socket
@@ -72,22 +73,32 @@ def serve_policy(
 
 
 def warm_up(policy: "Policy") -> None:
-    """One call of the policy's model, on an empty observation: kernels are built and memory is taken."""
+    """Calls the policy's model on empty observations: kernels are built and memory is taken.
+
+    On a GPU the engine captures a graph for each number of cameras and length of prompts: those that are usual.
+    """
     from openpi.models.model import IMAGE_KEYS  # noqa: PLC0415
     from openpi.models.model import IMAGE_RESOLUTION  # noqa: PLC0415
     from openpi.models.model import Observation  # noqa: PLC0415
 
+    from openpi_duquant.plugin.engine_model import EngineModel  # noqa: PLC0415
+
     model, device = policy._model, policy._pytorch_device  # noqa: SLF001
     config = model.config
     tokens = torch.arange(config.max_token_len, device=device)[None]
-    inputs = {
-        "image": {key: torch.zeros(1, *IMAGE_RESOLUTION, 3, dtype=torch.uint8, device=device) for key in IMAGE_KEYS},
-        "image_mask": {key: torch.ones(1, dtype=torch.bool, device=device) for key in IMAGE_KEYS},
-        "state": torch.zeros(1, config.action_dim, device=device),
-        "tokenized_prompt": torch.zeros_like(tokens, dtype=torch.int32),
-        "tokenized_prompt_mask": tokens < 24,
-    }
-    model.sample_actions(device, Observation.from_dict(inputs), **policy._sample_kwargs)  # noqa: SLF001
+    black = torch.zeros(1, *IMAGE_RESOLUTION, 3, dtype=torch.uint8, device=device)
+    graphs = isinstance(model, EngineModel) and str(device).startswith("cuda")
+    for cameras, prompt in itertools.product((2, 3), (16, 32, 48)) if graphs else [(3, 24)]:
+        inputs = {
+            "image": dict.fromkeys(IMAGE_KEYS, black),
+            "image_mask": {
+                key: torch.full((1,), index < cameras, device=device) for index, key in enumerate(IMAGE_KEYS)
+            },
+            "state": torch.zeros(1, config.action_dim, device=device),
+            "tokenized_prompt": torch.zeros_like(tokens, dtype=torch.int32),
+            "tokenized_prompt_mask": tokens < prompt,
+        }
+        model.sample_actions(device, Observation.from_dict(inputs), **policy._sample_kwargs)  # noqa: SLF001
 
 
 async def _serve_until_stopped(server: "WebsocketPolicyServer", address: str) -> None:

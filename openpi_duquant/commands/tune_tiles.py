@@ -56,6 +56,9 @@ def tune_tiles(
         tokens: Numbers of tokens, M; a tile is used up to the next of the sizes 16, 32, ... 4096.
         bits: Of the weights, 4 or 8.
     """
+    for name in layers:
+        if name not in SHAPES:
+            raise DuQuantError(f"layers: there is no {name!r}; choose from {', '.join(SHAPES)}")
     if not torch.cuda.is_available():
         raise DuQuantError("tune-tiles measures on a GPU, and there is none here")
     shapes = sorted({SHAPES[name] for name in layers})
@@ -70,13 +73,15 @@ def tune_tiles(
             bars.advance(task)
         task = bars.add_task("Timing", total=len(cases))
         for case in cases:
+            bars.advance(task)
             times = _times(case, [tile for other, tile in exact if other == case])
+            if not times:
+                raise DuQuantError(f"no tile for {case} is exact; please report it as an issue of openpi-duquant")
             store(output, _architecture(), case, times[0][1])
             rule = tiles.by_rule(case.m, case.n, case.k if bits == 8 else case.k // 2)
             by_rule = next((time for time, tile in times if tile == rule), math.nan)
             best, tile = times[0]
             rows.append((f"{case.n} x {case.k}", case.m, f"{best:.2f}", f"{by_rule:.2f}", list(tile)))
-            bars.advance(task)
     console.print(markdown_table(("N x K", "M", "best, us", "by rule, us", "tile"), rows))
     console.print(f"{len(jobs) - len(exact)} of {len(jobs)} tiles do not compile or are wrong; wrote {output}")
 

@@ -50,6 +50,10 @@ class _Captured:
     actions: Tensor
 
 
+_CAPTURING = threading.Lock()
+"""A process may capture one graph at a time."""
+
+
 class Graphs:
     """Runs `compute` as CUDA graphs, one for each set of shapes; threads take turns.
 
@@ -64,16 +68,24 @@ class Graphs:
         self._captured: OrderedDict[tuple[object, ...], _Captured] = OrderedDict()
         self._pool: tuple[int, int] | None = None
         self._finished: torch.cuda.Event | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Number of graphs held."""
         return len(self._captured)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copy has no graphs yet."""
+        return Graphs, (self._compute, self._limit)
+
     def clear(self) -> None:
         """Forgets all graphs, because what they read has moved."""
         with self._lock:
+            if self._captured:
+                torch.cuda.synchronize()  # one of them may still run
             self._captured.clear()
+            self._pool = self._stream = self._finished = None  # memory is pooled for as long as there are graphs
 
     def padded(self, prefix: Prefix) -> Prefix:
         """The prefix with its prompts padded to a multiple of `PROMPT_BUCKET`, masked there."""
@@ -104,16 +116,18 @@ class Graphs:
         while len(self._captured) >= self._limit:
             torch.cuda.synchronize()  # the graph that goes may still run
             self._captured.popitem(last=False)
+            self._pool = self._pool if self._captured else None
 
     def _capture(self, inputs: Inputs, schedule: Tensor) -> _Captured:
         static = Inputs(*(x if x is None else x.clone() for x in inputs))
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once without a graph: kernels are compiled and libraries made ready
-            self._compute(static, schedule)
-        torch.cuda.current_stream().wait_stream(stream)
+        self._stream = self._stream or torch.cuda.Stream()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # once without a graph: kernels are compiled and libraries made ready
+            self._compute(static, schedule)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        how = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with _CAPTURING, torch.cuda.graph(graph, **how):
             actions = self._compute(static, schedule)
         return _Captured(graph, static, actions)

@@ -92,6 +92,8 @@ class Policy(nn.Module, abc.ABC):
         self.graphs = Graphs(self.compute)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Policy":  # noqa: FBT001, FBT002
+        if fn(torch.empty(0, dtype=self.dtype)).dtype != self.dtype:
+            raise DuQuantError("a loaded policy keeps its types: load it with dtype=..., for another one")
         if self.graphs is not None:  # they hold the addresses of the weights
             self.graphs.clear()
         self._schedules.clear()
@@ -228,7 +230,8 @@ class Pi05Policy(Policy):
     def schedule(self, num_steps: int) -> Tensor:
         """The modulations of every norm, [num_steps, norms, 3 W]: a table, for they depend on the time alone."""
         embedding = self.time_embeddings(num_steps)
-        condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedding))))
+        place = next(itertools.chain(self.time_mlp_in.parameters(), self.time_mlp_in.buffers())).device
+        condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedding.to(place))))).to(embedding.device)
         return torch.stack([norm.dense(condition) for norm in self.expert.norms()], dim=1)
 
 

@@ -54,6 +54,7 @@ def load(name: str, problems: Iterable[Problem], device: torch.device) -> None:
         runnable = [problem for problem in problems if BACKENDS[candidate].can_run(problem, device)[0]]
         try:
             BACKENDS[candidate].load(runnable, device)
+            problems -= set(runnable)
         except DuQuantError as error:
             logger.debug("backend %s: %s", candidate, error)
 
@@ -97,4 +98,5 @@ def _log_choice(
 ) -> None:
     """Says what `auto` took, once for all layers alike."""
     against = f"; {'; '.join(refused)}" if refused else ""
-    logger.info("backend auto: W%dA%d on %s runs on %s%s", weight_bits, activation_bits, device, chosen, against)
+    level = logging.WARNING if device.type == "cuda" and chosen == "reference" else logging.INFO  # slow there
+    logger.log(level, "backend auto: W%dA%d on %s runs on %s%s", weight_bits, activation_bits, device, chosen, against)

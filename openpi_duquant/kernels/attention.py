@@ -100,7 +100,8 @@ def _rotary_on_gpu(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     from openpi_duquant.kernels import attention_triton  # noqa: PLC0415  triton is there where CUDA is
 
     rotated = _rotary_fake(qkv, cos, sin)
-    attention_triton.launch_rotary(rotated, qkv.contiguous(), cos.contiguous(), sin.contiguous())
+    with torch.cuda.device_of(qkv):
+        attention_triton.launch_rotary(rotated, qkv.contiguous(), cos.contiguous(), sin.contiguous())
     return rotated
 
 
@@ -116,5 +117,6 @@ def _attend_on_gpu(q: Tensor, *operands: object) -> Tensor:
 
     *tensors, state_first = operands
     out = q.new_empty(q.shape)
-    attention_triton.launch_attend(out, q, *tensors, state_first=bool(state_first), exact=q.dtype == torch.float32)
+    with torch.cuda.device_of(q):
+        attention_triton.launch_attend(out, q, *tensors, state_first=bool(state_first), exact=q.dtype == torch.float32)
     return out

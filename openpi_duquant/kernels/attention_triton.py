@@ -52,11 +52,19 @@ class Shape(NamedTuple):
     warps: int
 
 
-def shape_for(rows: int, keys: int) -> Shape:
-    """Few queries (a denoising step) wait for the keys, which are shared out; many (a prefix) fill the GPU."""
+def shape_for(rows: int, keys: int, *, exact: bool, shared_memory: int) -> Shape:
+    """Few queries (a denoising step) wait for the keys, which are shared out; many (a prefix) fill the GPU.
+
+    Args:
+        rows: Pairs of a query and a head.
+        keys: Cached keys.
+        exact: Whether fp32 is multiplied, which takes twice the room.
+        shared_memory: Bytes that a program may have: 227 KB on sm_90, 99 KB on sm_86 and sm_89.
+    """
+    step = (32 if exact else 64) // (1 if shared_memory >= 128 * 1024 else 2)
     if rows <= 512:
-        return Shape(16, 64, min(triton.cdiv(keys, 64), 16), 4)
-    return Shape(64, 64, 1, 4)
+        return Shape(16, step, min(triton.cdiv(keys, 64), 16), 4)
+    return Shape(16 if exact else 64, step, 1, 4)
 
 
 def launch_attend(
@@ -74,7 +82,9 @@ def launch_attend(
 ) -> None:
     """Fills out [B, S, H, D]; arguments as `attention.attend`. `exact` multiplies in fp32."""
     batch, length, heads, size = q.shape
-    shape = shape or shape_for(length * heads, k.shape[1])
+    if shape is None:
+        shared_memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+        shape = shape_for(length * heads, k.shape[1], exact=exact, shared_memory=shared_memory)
     own = k if own_k is None else own_k, v if own_v is None else own_v
     tiles = triton.cdiv(length * heads, shape.rows)
     parts, sums = out, out

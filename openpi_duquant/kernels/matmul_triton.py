@@ -30,10 +30,11 @@ def launch(
     """Fills out [M, N]; arguments as `triton_matmul.matmul`, contiguous, the rotation as matrices or by its size."""
     (m, n), k = out.shape, a.shape[1]
     block = hadamard if matrices is None else matrices.shape[-1]
-    columns = max(tile.columns, block)
-    _matmul[(triton.cdiv(m, tile.rows) * triton.cdiv(n, columns),)](
+    if block:  # the rotation of a tile's columns takes shared memory too
+        tile = tile._replace(rows=min(tile.rows, 64), columns=64)
+    _matmul[(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
         a, act_scale, weight, weight_scale, bias, matrices, residual, gate, out, m, n, k,
-        BM=tile.rows, BN=columns, BK=tile.channels, GROUP=tile.group, K=weight.shape[1],
+        BM=tile.rows, BN=tile.columns, BK=tile.channels, GROUP=tile.group, K=weight.shape[1],
         INT4=weight.shape[1] < k, BIAS=bias is not None, HADAMARD=hadamard > 0, BLOCK=block,
         GAIN=hadamard**-0.5 if hadamard else 1.0, RESIDUAL=residual is not None, GATE=gate is not None,
         EXACT=interpreted or out.dtype == torch.float32, INTERPRETED=interpreted,

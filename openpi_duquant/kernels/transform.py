@@ -76,5 +76,7 @@ def _on_gpu(x: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tensor]:
 
     *tensors, geglu, norm = operands
     outputs = _outputs(x, geglu=geglu)
-    transform_triton.launch(x, *tensors, outputs, geglu=geglu, norm=norm, float32=x.dtype == torch.float32)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    with torch.cuda.device_of(x):
+        transform_triton.launch(x, *tensors, outputs, geglu=geglu, norm=norm, float32=x.dtype == torch.float32)
     return outputs

@@ -106,7 +106,7 @@ def _butterflies(x, SIZE: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def _scale_of(largest):
     """Scale of a row by its largest magnitude; 1 for a row of zeros."""
-    return tl.where(largest > 0, tl.div_rn(largest, 127.0), 1.0)
+    return tl.where(largest == 0, 1.0, tl.div_rn(largest, 127.0))
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def _by_row(
         y = tl.reshape(_butterflies(tl.reshape(x.to(tl.float32), (ROWS * WIDTH,)), ROWS * WIDTH, B), (ROWS, WIDTH))
     else:
         y = tl.reshape(_rotate(tl.reshape(x, (ROWS * BLOCKS, B)), _signs(B), FLOAT32), (ROWS, WIDTH))
-    act_scale = _scale_of(tl.max(tl.abs(y), 1) * gain)
+    act_scale = _scale_of(tl.max(tl.abs(y), 1) * gain) + 0.0 * tl.sum(y, 1)  # a maximum does not see NaN, a sum does
     codes = _round(y, (gain / act_scale)[:, None])
     tl.store(codes_ptr + row[:, None] * K + k, codes, mask=inside)
     tl.store(act_scale_ptr + row, act_scale, mask=row < M)
@@ -176,6 +176,7 @@ def _by_block(
         inverse_rms = tl.rsqrt(square / K + EPS)[:, None]
     largest = tl.zeros((ROWS,), tl.float32)
     act_scale = tl.full((ROWS,), 1.0, tl.float32)
+    unseen = tl.zeros((ROWS,), tl.float32)  # NaN, which a maximum does not see
     row_sum = tl.zeros((ROWS,), tl.int32)
     for step in range(0, 2 * K, B):
         start = step % K
@@ -188,7 +189,8 @@ def _by_block(
         y = _rotate(x, tl.load(rotation_ptr + start * B + entry), FLOAT32)
         if step < K:
             largest = tl.maximum(largest, tl.max(tl.abs(y), 1))
-            act_scale = _scale_of(largest)
+            unseen += 0.0 * tl.sum(y, 1)
+            act_scale = _scale_of(largest) + unseen
         else:
             codes = _round(y, (1.0 / act_scale)[:, None])
             tl.store(codes_ptr + row[:, None] * K + (start + lane)[None, :], codes, mask=known)

@@ -10,8 +10,9 @@ from openpi_duquant import transforms
 from openpi_duquant.kernels import tiles
 from openpi_duquant.kernels.backend import Backend
 from openpi_duquant.kernels.backend import Problem
+from openpi_duquant.profiling import span
 
-LARGEST_BLOCK = 128
+LARGEST_BLOCK = 64
 """Of an output rotation: a block must fit into a tile."""
 
 
@@ -67,9 +68,10 @@ def matmul(
     """
     del row_sum
     hadamard, matrices = (output_rotation, None) if isinstance(output_rotation, int) else (0, output_rotation)
-    return torch.ops.openpi_duquant.triton_matmul(
-        a, act_scale, weight, weight_scale, bias, matrices, hadamard, residual, gate, dtype
-    )
+    with span("matmul", a):
+        return torch.ops.openpi_duquant.triton_matmul(
+            a, act_scale, weight, weight_scale, bias, matrices, hadamard, residual, gate, dtype
+        )
 
 
 torch.library.define(
@@ -94,7 +96,8 @@ def _on_gpu(a: Tensor, act_scale: Tensor, weight: Tensor, *operands: object) -> 
     major, minor = torch.cuda.get_device_capability(a.device)
     tile = tiles.tile_for(f"sm_{major}{minor}", m, n, k, bits=8 if weight.dtype == torch.int8 else 4)
     out = a.new_empty(m, n, dtype=dtype)
-    matmul_triton.launch(out, a, act_scale, weight, *rest, tile)
+    with torch.cuda.device_of(a):
+        matmul_triton.launch(out, a, act_scale, weight, *rest, tile)
     return out
 
 

@@ -34,8 +34,8 @@ class Worker:
 
 
 def _share(amount: float, count: int) -> float:
-    """What one of `count` gets; at most 1, in Ray's ten-thousandths."""
-    return min(1.0, math.floor(amount / count * 1e4) / 1e4)
+    """What one of `count` gets: as many as need be share one processor or GPU, in Ray's ten-thousandths."""
+    return math.floor(1e4 / math.ceil(count / amount)) / 1e4 if amount else 0.0
 
 
 class RayWorkers:

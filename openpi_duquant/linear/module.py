@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import threading
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ class QuantizedInput(NamedTuple):
     a: Tensor
     act_scale: Tensor | None = None
     row_sum: Tensor | None = None
+
+
+_PREPARING = threading.RLock()
 
 
 class QuantLinear(nn.Module):
@@ -99,10 +103,12 @@ class QuantLinear(nn.Module):
         Raises:
             DuQuantError: If the backend asked for cannot run; says every reason.
         """
-        if self.running is None:
-            problem = self.spec.problem(self.dtype)
-            self.running = kernels.resolve(self.backend, problem, self.weight_packed.device)
-            self.weight_packed = kernels.BACKENDS[self.running].repack(problem, self.weight_packed)
+        with _PREPARING:  # threads may meet here in their first calls
+            if self.running is None:
+                problem = self.spec.problem(self.dtype)
+                running = kernels.resolve(self.backend, problem, self.weight_packed.device)
+                self.weight_packed = kernels.BACKENDS[running].repack(problem, self.weight_packed)
+                self.running = running
 
     def _canonical_weight(self) -> Tensor:
         if self.running is None:

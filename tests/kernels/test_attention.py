@@ -117,9 +117,24 @@ def test_the_attention_kernel_is_the_formula(given: dict[str, bool], length: int
     torch.manual_seed(2)
     q, k, v, visible, own = case(given, length, keys)
     out = torch.full((2, length, 8, 16), torch.nan, device=DEVICE, dtype=DTYPE)
-    state_first = given["state_first"]
+    state_first, (own_k, own_v) = given["state_first"], own or (None, None)
     attention_triton.launch_attend(
-        out, q, k, v, visible, *(own or (None, None)), state_first=state_first, exact=not GPU
-    )
+        out, q, k, v, visible, own_k, own_v, state_first=state_first, exact=not GPU,
+        shape=attention_triton.Shape(16, 16, splits, 4),
+    )  # fmt: skip
     expected = attended_by_hand(q, k, v, visible, own, state_first=state_first)
     assert (out.flatten(2).double() - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("shared_memory", "limit"), [(232_448, 232_448), (101_376, 101_376)])
+def test_a_shape_fits_into_shared_memory(shared_memory: int, limit: int, *, exact: bool) -> None:
+    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
+
+    bytes_per_value = 4 if exact else 2
+    for rows, keys in ((80, 544), (400, 968), (4352, 544), (7744, 968)):
+        shape = attention_triton.shape_for(rows, keys, exact=exact, shared_memory=shared_memory)
+        tiles = (shape.rows + 2 * shape.keys) * 256 * bytes_per_value  # queries, keys and values; heads of 256
+        assert tiles < limit
+        assert shape.splits * 64 <= keys + 63

@@ -292,6 +292,7 @@ def exchanged(monkeypatch: pytest.MonkeyPatch) -> Problem:
     monkeypatch.setattr(loading, "KERNELS", fresh := {})
     monkeypatch.setattr(launch, "KERNELS", fresh)
     monkeypatch.setattr(loading, "_faults", {})
+    monkeypatch.setattr(kernels, "AUTO", ("bitblas", "reference"))
     return what
 
 
