@@ -7,6 +7,8 @@ import pytest
 from tiny import TINY
 import torch
 
+from openpi_duquant import QuantLinear
+from openpi_duquant import kernels
 from openpi_duquant import synthetic
 from openpi_duquant.accuracy import relative_error
 from openpi_duquant.config import PRESETS
@@ -14,6 +16,7 @@ from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.conversion import convert
 from openpi_duquant.engine import Observation
 from openpi_duquant.engine import load_policy
+from openpi_duquant.kernels import Problem
 from openpi_duquant.kernels import reference
 from openpi_duquant.linear import quantize_
 
@@ -66,6 +69,41 @@ def test_the_policy_gives_the_cpus_actions(tmp_path: pathlib.Path, preset: str |
     assert relative_error(actual - noise, expected - noise) < 1e-4
     moved = policy.cpu().sample_actions(observation, noise)
     assert relative_error(moved - noise, expected - noise) < 1e-5
+
+
+@pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_triton_layers_are_the_definitions(tmp_path: pathlib.Path, preset: str, *, pi05: bool) -> None:
+    architecture = dataclasses.replace(TINY, pi05=pi05)
+    synthetic.make_checkpoint(tmp_path / "original", architecture)
+    convert(tmp_path / "original", tmp_path / "converted", PRESETS[preset])
+    observation, noise = synthetic.libero_like_observation(architecture, prompt_tokens=6)
+    policies = {
+        name: load_policy(tmp_path / "converted", backend=name, dtype=torch.float32, device="cuda")
+        for name in ("triton", "reference")
+    }
+    for policy in policies.values():
+        assert {module.running for module in policy.modules() if isinstance(module, QuantLinear)} <= set(policies)
+    actual, expected = (policy.sample_actions(on_gpu(observation), noise.cuda()) for policy in policies.values())
+    assert relative_error(actual.cpu() - noise, expected.cpu() - noise) < 1e-2
+    moved = policies["triton"].cpu().cuda().sample_actions(on_gpu(observation), noise.cuda())
+    assert torch.equal(moved, actual)
+
+
+@pytest.mark.parametrize("rotation", ["matrix", "hadamard"])
+@pytest.mark.parametrize("block", [16, 64])
+def test_a_large_restored_matmul_fits(rotation: str, block: int) -> None:
+    problem = Problem(16384, 2048, 4, 8, 1, rotation, block, torch.bfloat16)
+    codes = torch.randint(-127, 128, (968, 2048), dtype=torch.int8, device="cuda")
+    weight = torch.randint(256, (16384, 1024), dtype=torch.uint8, device="cuda")
+    scales = torch.rand(968, 1, device="cuda") + 0.5, torch.rand(16384, 1, device="cuda") + 0.5
+    blocks = torch.linalg.qr(torch.randn(16384 // block, block, block, device="cuda"))[0].bfloat16().contiguous()
+    restore = block if rotation == "hadamard" else blocks
+    backend = kernels.BACKENDS["triton"]
+    rest = scales[1], None, restore, torch.bfloat16
+    actual = backend.matmul(codes, scales[0], backend.repack(problem, weight), *rest)
+    expected = reference.matmul(codes, scales[0], weight, *rest[:-1], torch.float32)
+    assert relative_error(actual, expected) < 4e-3
 
 
 @pytest.mark.parametrize("rotation", ["hadamard", "svd", "duquant"])

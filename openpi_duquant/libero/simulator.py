@@ -108,9 +108,9 @@ def prepare(assets: pathlib.Path | None = None) -> Prepared:
     if not config.is_file():
         raise DuQuantError(f"LIBERO config: there is no {config}; unset LIBERO_CONFIG_PATH, or let it name its folder")
     rendering = default_variable("MUJOCO_GL", "egl" if torch.cuda.is_available() else "osmesa")
-    _check_rendering(rendering)
     if rendering == "osmesa" and importlib.util.find_spec("triton") is not None:
         importlib.import_module("triton._C.libtriton")  # each has an LLVM: loaded after OSMesa's, Triton's crashes
+    _check_rendering(rendering)
     from libero import libero  # noqa: PLC0415
 
     libero._assets_path_cache = str(folder)  # noqa: SLF001 - else only its own folder, its cache and a download count

@@ -1,9 +1,11 @@
 """Calls as CUDA graphs: the same actions as without, whatever changes from call to call."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import copy
 import dataclasses
 import pathlib
+import pickle
 import threading
 
 import pytest
@@ -18,6 +20,7 @@ from openpi_duquant.accuracy import relative_error
 from openpi_duquant.architecture import Architecture
 from openpi_duquant.checkpoint import SafetensorsReader
 from openpi_duquant.config import PRESETS
+from openpi_duquant.config import DuQuantError
 from openpi_duquant.conversion import convert
 from openpi_duquant.conversion import make_plan
 from openpi_duquant.engine import graphs
@@ -69,6 +72,32 @@ def test_without_a_gpu_an_optimized_policy_gives_the_same_actions(folder: pathli
     for plain, optimized in zip(*map(answers, policies), strict=True):
         torch.testing.assert_close(optimized, plain, rtol=0, atol=2e-2)  # int8 rounds what fp32 sums otherwise
         assert relative_error(optimized, plain) < 5e-3
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))], ids=["copy", "pickle"]
+)
+def test_a_copy_gives_the_same_actions(folder: pathlib.Path, again: Callable[[Policy], Policy]) -> None:
+    policy = load_policy(folder, dtype=torch.float32)
+    twin = again(policy)
+    assert twin.graphs is not policy.graphs
+    given = call(policy.architecture, 0, 1, 5, 2)
+    assert torch.equal(twin.sample_actions(*given), policy.sample_actions(*given))
+
+
+@pytest.mark.parametrize("cast", [Policy.half, Policy.double, lambda policy: policy.to(torch.bfloat16)])
+def test_types_are_chosen_at_load(folder: pathlib.Path, cast: Callable[[Policy], Policy]) -> None:
+    policy = load_policy(folder, dtype=torch.float32)
+    with pytest.raises(DuQuantError, match="load it with dtype="):
+        cast(policy)
+    assert policy.to("cpu") is policy
+
+
+def test_a_dead_camera_is_seen(folder: pathlib.Path) -> None:
+    policy = load_policy(folder, dtype=torch.float32)
+    observation, noise = call(policy.architecture, 0, 1, 5, 2)
+    images = {name: torch.full((1, 3, 224, 224), torch.nan) for name in CAMERAS}
+    assert policy.sample_actions(dataclasses.replace(observation, images=images), noise).isnan().any()
 
 
 def test_layers_that_read_one_input_run_as_one(tiny: Architecture, source: pathlib.Path) -> None:

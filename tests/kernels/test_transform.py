@@ -139,6 +139,19 @@ def test_the_kernel_is_the_definition(
 
 
 @pytest.mark.triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
+@pytest.mark.parametrize("kind", ["none", "hadamard", "matrix"])
+@pytest.mark.parametrize("run", ["definition", "kernel"])
+def test_nan_is_seen_in_its_row_alone(kind: str, run: str) -> None:
+    torch.manual_seed(4)
+    x = torch.randn(3, 64, device=DEVICE)
+    x[1, 5] = torch.nan
+    given = Transform(None, None, {"none": None, "hadamard": 16, "matrix": orthogonal(64, 16).to(DEVICE)}[kind])
+    _, act_scale, _ = run_kernel(x, 64, given, Prologue()) if run == "kernel" else reference.fused_transform(x, given)
+    assert act_scale.isnan().flatten().tolist() == [False, True, False]
+
+
+@pytest.mark.triton
 @pytest.mark.parametrize("kind", ["hadamard", "matrix"])
 def test_rows_may_lie_apart(kind: str) -> None:
     torch.manual_seed(2)
