@@ -59,7 +59,7 @@ class Policy(nn.Module, abc.ABC):
         self.action_in_proj = nn.Linear(architecture.action_dim, expert.width)
         self.action_out_proj = nn.Linear(expert.width, architecture.action_dim)
         self.graphs: Graphs | None = None
-        self._schedules: dict[int, Tensor] = {}
+        self._schedules: dict[int, Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,6 +90,7 @@ class Policy(nn.Module, abc.ABC):
             if module is not self and hasattr(module, "optimize_"):
                 module.optimize_()
         self.graphs = Graphs(self.compute)
+        self._schedules = {}
 
     @torch.no_grad()
     def sample_actions(self, observation: Observation, noise: Tensor, *, num_steps: int = 10) -> Tensor:
@@ -122,7 +123,7 @@ class Policy(nn.Module, abc.ABC):
 
     def tabulated(self, num_steps: int) -> Tensor:
         """`schedule`, on the policy's device; kept, once the policy is optimized."""
-        if self.graphs is None:
+        if self._schedules is None:
             return self.schedule(num_steps).to(self.device)
         if num_steps not in self._schedules or self._schedules[num_steps].device != self.device:
             self._schedules[num_steps] = self.schedule(num_steps).to(self.device)
