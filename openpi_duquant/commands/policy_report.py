@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from openpi_duquant.accuracy import relative_error
 from openpi_duquant.commands.policy_rows import COMPILE_MODE
@@ -17,7 +18,8 @@ from openpi_duquant.report import markdown_table
 EPISODE_CALLS = 18
 """Policy calls of an episode, as the original analysis counts."""
 
-_REAL = ("w4a8-triton", "w4a8-bitblas", "w4a8-reference")
+_COLORS = {"simulated W4A8": "C3", "real W4A8": "C0", "bf16": "0.55"}
+_REAL = ("w4a8-triton", "w4a8-bitblas")
 
 ANALYSIS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("current: full DuQuant", "13,086 (observed)", "1x", ("naive",)),
@@ -142,7 +144,7 @@ def _split(results: Results) -> str:
     if results["stamp"]["gpu"] is None or split is None:
         return (
             "How much of the gain is the CUDA graph's and how much precision's is said where bf16-eager, bf16-engine "
-            "and a w4a8 row were measured on a GPU."
+            "and w4a8-triton or w4a8-bitblas were measured on a GPU."
         )
     return (
         f"From bf16 without a graph ({split['from_ms']:.1f} ms) to W4A8 in one CUDA graph ({split['to_ms']:.1f} ms): "
@@ -174,9 +176,10 @@ def chart(results: Results, path: pathlib.Path) -> None:
     axes = figure.subplots()
     for place, (name, row) in enumerate(rows.items()):
         wall = row["wall"]
-        color = "C0" if name.startswith(("w4a8", "module")) else "0.55" if "bf16" in name or "openpi" in name else "C3"
+        real = "real W4A8" if name.startswith(("w4a8", "module")) else "simulated W4A8"
+        kind = "bf16" if "bf16" in name or "openpi" in name else real
         late = [[0], [max(0.0, wall["p99_ms"] - wall["p50_ms"])]]
-        axes.barh(place, wall["p50_ms"], color=color, xerr=late, ecolor="0.3", capsize=2)
+        axes.barh(place, wall["p50_ms"], color=_COLORS[kind], xerr=late, ecolor="0.3", capsize=2)
         axes.annotate(
             f"{_number(wall['p50_ms'])} ms", (wall["p99_ms"], place), (5, 0), textcoords="offset points", va="center"
         )
@@ -184,7 +187,5 @@ def chart(results: Results, path: pathlib.Path) -> None:
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    for label, color in (("simulated W4A8", "C3"), ("real W4A8", "C0"), ("bf16", "0.55")):
-        axes.barh([], [], color=color, label=label)
-    axes.legend(loc="lower right")
+    axes.legend(handles=[Patch(color=color, label=kind) for kind, color in _COLORS.items()], loc="lower right")
     figure.savefig(path, dpi=120)
