@@ -346,6 +346,11 @@ def cache_folder() -> pathlib.Path:
     return (pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache") / "openpi-duquant"  # noqa: PTH117
 
 
+def openpi_source() -> pathlib.Path | None:
+    """The checkout of openpi that OPENPI_SRC names, if it does."""
+    return pathlib.Path(os.environ["OPENPI_SRC"]) if os.environ.get("OPENPI_SRC") else None
+
+
 def default_variable(name: str, value: str) -> str:
     """Sets another library's variable where nobody has, for this process; returns what it is then."""
     return os.environ.setdefault(name, value)

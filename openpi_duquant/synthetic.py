@@ -1,9 +1,10 @@
 """Random pi0 and pi0.5 checkpoints in openpi's exact format, with outlier channels as trained models have them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 import json
 import math
 import pathlib
+import zlib
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from openpi_duquant.architecture import Architecture
 from openpi_duquant.architecture import parameter_shapes
 from openpi_duquant.checkpoint.files import WEIGHTS_NAME
 from openpi_duquant.checkpoint.files import SafetensorsWriter
+from openpi_duquant.checkpoint.files import TensorType
 from openpi_duquant.checkpoint.files import iter_bytes
 from openpi_duquant.checkpoint.files import renamed_when_whole
 from openpi_duquant.config import ACTION_EXPERT
@@ -73,13 +75,56 @@ def checkpoint_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return parameter_shapes(architecture) | head
 
 
+class RandomWeights(Mapping[str, Tensor]):
+    """Such a checkpoint without a file: every tensor is made on its device when it is looked up, each time the same.
+
+    Args:
+        architecture: Sizes.
+        device: Where tensors are made; they differ from device to device.
+        seed: Of the random weights.
+        dtype: Of all tensors.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.architecture = architecture
+        self.types: dict[str, TensorType] = {
+            name: (dtype, shape) for name, shape in checkpoint_shapes(architecture).items()
+        }
+        self._device, self._seed = device, seed
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name."""
+        dtype, shape = self.types[name]
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        return random_parameter(name, shape, self.architecture, generator).to(dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, in the order of a checkpoint."""
+        return iter(self.types)
+
+    def __len__(self) -> int:
+        """How many tensors there are."""
+        return len(self.types)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of that name; makes none."""
+        return name in self.types
+
+
 def random_parameter(
     name: str, shape: tuple[int, ...], architecture: Architecture, generator: torch.Generator
 ) -> Tensor:
-    """One tensor, fp32: norms with outlier channels, open gates, residual branches scaled by depth."""
+    """One tensor, fp32, on the generator's device: outlier channels in norms, open gates, residuals scaled by depth."""
 
     def normal(std: float) -> Tensor:
-        return torch.randn(shape, generator=generator) * std
+        return torch.randn(shape, generator=generator, device=generator.device) * std
 
     if name.endswith("norm.weight") and "vision" not in name:
         return _with_outliers(normal(0.3), generator)
@@ -99,7 +144,7 @@ def random_parameter(
 def _with_outliers(values: Tensor, generator: torch.Generator) -> Tensor:
     """One channel in a hundred, at least one, with twelve times the gain of the others."""
     count = max(1, round(OUTLIER_SHARE * len(values)))
-    values[torch.randperm(len(values), generator=generator)[:count]] += OUTLIER_GAIN - 1.0
+    values[torch.randperm(len(values), generator=generator, device=generator.device)[:count]] += OUTLIER_GAIN - 1.0
     return values
 
 

@@ -120,3 +120,19 @@ def test_an_observation_is_what_a_policy_reads(tmp_path: pathlib.Path, tiny: Arc
 
 def test_the_small_size_is_small() -> None:
     assert sum(map(math.prod, synthetic.checkpoint_shapes(SMALL).values())) < 10e6
+
+
+def test_weights_without_a_file_are_a_checkpoints(tiny: Architecture) -> None:
+    weights = synthetic.RandomWeights(tiny, seed=3)
+    shapes = synthetic.checkpoint_shapes(tiny)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()} == weights.types
+    assert weights.types == {name: (torch.bfloat16, shape) for name, shape in shapes.items()}
+    assert len(weights) == len(shapes)
+    assert "novelty" not in weights
+
+
+def test_they_are_the_same_whenever_they_are_looked_up(tiny: Architecture) -> None:
+    weights, name = synthetic.RandomWeights(tiny, seed=3), "time_mlp_in.weight"
+    assert torch.equal(weights[name], synthetic.RandomWeights(tiny, seed=3)[name])
+    assert not torch.equal(weights[name], weights["time_mlp_out.weight"])
+    assert not torch.equal(weights[name], synthetic.RandomWeights(tiny, seed=4)[name])

@@ -4,15 +4,23 @@ from collections.abc import Mapping
 import pathlib
 
 import torch
+from torch import Tensor
 from torch import nn
 
+from openpi_duquant.architecture import EMBEDDING
+from openpi_duquant.architecture import LANGUAGE_MODEL
+from openpi_duquant.architecture import kept_in_float32
 from openpi_duquant.checkpoint.files import SafetensorsReader
 from openpi_duquant.checkpoint.files import TensorType
 from openpi_duquant.checkpoint.manifest import Manifest
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.linear import LayerSpec
 from openpi_duquant.linear import QuantLinear
+from openpi_duquant.linear import prepare_
 from openpi_duquant.linear.spec import SHARED_TENSORS
+
+TIED_EMBEDDING = LANGUAGE_MODEL + "embed_tokens.weight"
+"""The second name that openpi's model has for the token embedding, which a checkpoint stores once."""
 
 
 def verify(reader: SafetensorsReader, manifest: Manifest, folder: pathlib.Path) -> None:
@@ -57,3 +65,74 @@ def stored_name(name: str, layers: Mapping[str, LayerSpec]) -> str:
     """The name under which a tensor of a model is stored: of shared ones, that of the group's first layer."""
     layer, _, tensor = name.rpartition(".")
     return f"{layers[layer].group}.{tensor}" if layer in layers and tensor in SHARED_TENSORS else name
+
+
+def fill_openpi_model(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, LayerSpec],
+    *,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
+    """Gives openpi's PI0Pytorch its tensors and its quantized layers, which are never held in floating point.
+
+    Args:
+        model: On the meta device.
+        tensors: By name, as in a checkpoint; looked up one by one, what it does not use never.
+        layers: The quantized layers.
+        backend: Their backend.
+        dtype: Type of floating-point tensors (fp32 where openpi computes in fp32).
+        device: Where to put them.
+
+    Raises:
+        DuQuantError: If a layer or a tensor is missing or of a wrong shape, or the backend cannot run.
+    """
+    model.paligemma_with_expert.gemma_expert.lm_head = None  # never called, and not in converted checkpoints
+    placed = place_quant_linears(model, layers, backend=backend, dtype=dtype)
+    missing = sorted(set(layers) - set(placed))
+    if missing:
+        raise DuQuantError(f"openpi's model has no layer {missing[0]} ({len(missing)} missing)")
+    try:
+        model.load_state_dict(_openpi_state(model, tensors, layers, dtype, device), assign=True)
+    except RuntimeError as error:
+        raise DuQuantError(f"the checkpoint does not fit openpi's model: {' '.join(str(error).split())}") from None
+    _compute_buffers(model, device)
+    prepare_(model)
+    model.requires_grad_(requires_grad=False).eval()
+
+
+def _openpi_state(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, LayerSpec],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """What `model` asks for, in its types; tensors that layers share, and the tied embedding, are one object."""
+    stored: dict[str, Tensor] = {}
+    state = {}
+    for name in model.state_dict():
+        source = EMBEDDING + ".weight" if name == TIED_EMBEDDING else stored_name(name, layers)
+        if source not in tensors:
+            raise DuQuantError(f"the checkpoint has no {source}, which openpi's model needs")
+        if source not in stored:
+            quantized = name.rpartition(".")[0] in layers
+            kind = None if quantized else torch.float32 if kept_in_float32(name) else dtype
+            stored[source] = tensors[source].to(device, kind)
+        state[name] = stored[source]
+    return state
+
+
+def _compute_buffers(model: nn.Module, device: torch.device | str) -> None:
+    """Computes what no checkpoint holds and a model built without memory lacks: rotary frequencies, patch positions."""
+    for module in model.modules():
+        if hasattr(module, "rope_init_fn"):
+            module.inv_freq, module.attention_scaling = module.rope_init_fn(module.config, torch.device(device))
+            module.original_inv_freq = module.inv_freq
+        if hasattr(module, "position_ids"):
+            module.position_ids = torch.arange(module.num_positions, device=device).expand(1, -1)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise DuQuantError(f"nothing fills {name} of openpi's model; this openpi is not supported")

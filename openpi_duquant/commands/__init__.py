@@ -9,6 +9,7 @@ import tyro
 
 from openpi_duquant.commands.bench_convert import bench_convert
 from openpi_duquant.commands.bench_linear import bench_linear
+from openpi_duquant.commands.bench_policy import bench_policy
 from openpi_duquant.commands.build_kernels import build_kernels
 from openpi_duquant.commands.convert_checkpoint import convert_checkpoint
 from openpi_duquant.commands.convert_checkpoint import defaults
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench-convert": bench_convert,
     "bench-linear": bench_linear,
     "tune-tiles": tune_tiles,
+    "bench-policy": bench_policy,
 }
 
 

@@ -59,7 +59,7 @@ class Policy(nn.Module, abc.ABC):
         self.action_in_proj = nn.Linear(architecture.action_dim, expert.width)
         self.action_out_proj = nn.Linear(expert.width, architecture.action_dim)
         self.graphs: Graphs | None = None
-        self._schedules: dict[int, Tensor] = {}
+        self._schedules: dict[int, Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,13 +90,15 @@ class Policy(nn.Module, abc.ABC):
             if module is not self and hasattr(module, "optimize_"):
                 module.optimize_()
         self.graphs = Graphs(self.compute)
+        self._schedules = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Policy":  # noqa: FBT001, FBT002
         if fn(torch.empty(0, dtype=self.dtype)).dtype != self.dtype:
             raise DuQuantError("a loaded policy keeps its types: load it with dtype=..., for another one")
         if self.graphs is not None:  # they hold the addresses of the weights
             self.graphs.clear()
-        self._schedules.clear()
+        if self._schedules is not None:
+            self._schedules.clear()
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
@@ -130,7 +132,7 @@ class Policy(nn.Module, abc.ABC):
 
     def tabulated(self, num_steps: int) -> Tensor:
         """`schedule`, on the policy's device; kept, once the policy is optimized."""
-        if self.graphs is None:
+        if self._schedules is None:
             return self.schedule(num_steps).to(self.device)
         if num_steps not in self._schedules:
             self._schedules[num_steps] = self.schedule(num_steps).to(self.device)

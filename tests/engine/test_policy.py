@@ -1,5 +1,6 @@
 """The policies: what moves their actions and what cannot. Equality with openpi's is tested in tests/with_openpi."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -162,3 +163,13 @@ def test_a_missing_tensor_is_named() -> None:
     del state["action_in_proj.bias"]
     with pytest.raises(DuQuantError, match=r"action_in_proj\.bias is missing"):
         assemble(TINY, state, {}, backend="auto", dtype=torch.float32)
+
+
+def test_an_optimized_policy_keeps_what_depends_on_the_time_alone(policy: Policy) -> None:
+    assert policy.tabulated(4) is not policy.tabulated(4)
+    optimized = copy.deepcopy(policy)
+    optimized.optimize_()
+    optimized.graphs = None
+    assert optimized.tabulated(4) is optimized.tabulated(4)
+    assert torch.equal(optimized.tabulated(4), policy.tabulated(4))
+    assert len(optimized.tabulated(5)) == 5

@@ -236,7 +236,8 @@ def test_layers_that_are_not_placed(
     plugin: types.ModuleType, refused: Refused, hosts: Any, monkeypatch: pytest.MonkeyPatch, runtime: str
 ) -> None:
     engine = plugin.loading.EngineModel.load.__func__.__globals__["load_policy"].__globals__["assemble"].__globals__
-    for loader in (plugin.loading.load_module.__globals__, engine):
+    module = plugin.loading.load_module.__globals__["fill_openpi_model"].__globals__
+    for loader in (module, engine):
         monkeypatch.setitem(loader, "place_quant_linears", lambda *_, **__: [])
     refused(hosts.converted / "pi05", runtime=runtime)
 
