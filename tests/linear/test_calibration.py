@@ -20,7 +20,10 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.linear import QuantLinear
 from openpi_duquant.linear import quantize_
 from openpi_duquant.linear.calibration import executed_groups
+from openpi_duquant.linear.rounding import DAMPENINGS
 from openpi_duquant.linear.rounding import InputMoment
+from openpi_duquant.linear.rounding import fit_feedback
+from openpi_duquant.transforms import Transform
 
 config_of = functools.partial(DuQuantConfig, include=r"_proj$")
 BARE = config_of(permute=False, rotation="none", gptq_dampening=0.01)
@@ -232,3 +235,15 @@ def test_of_one_sample_there_are_no_halves() -> None:
     moment = InputMoment(4)
     moment.add(torch.ones(1, 3, 4))
     assert moment.halves == []
+
+
+@pytest.mark.parametrize(("rows", "decay", "expected"), [(64, 0.0, 1.0), (4000, 4.0, 0.01)], ids=["noise", "structure"])
+def test_the_dampening_is_the_one_that_serves_the_other_half_best(rows: int, decay: float, expected: float) -> None:
+    torch.manual_seed(4)
+    moment = InputMoment(128)
+    moment.add(torch.randn(rows, 128) * torch.arange(1, 129) ** (-decay / 2) @ torch.linalg.qr(torch.randn(128, 128)).Q)
+    chosen, *fixed = (
+        fit_feedback(moment, Transform(rotation=64), torch.randn(40, 128), 4, share) for share in (None, *DAMPENINGS)
+    )
+    matching = [share for share, feedback in zip(DAMPENINGS, fixed) if torch.equal(feedback.factors, chosen.factors)]
+    assert matching == [expected]
