@@ -6,6 +6,7 @@ This module imports nothing of ours, and it is the only one that reads the envir
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import difflib
+import math
 import os
 import pathlib
 import re
@@ -40,6 +41,9 @@ class DuQuantConfig:
         layer_bits: Weight bits of single layers, by name.
         activation_bits: 8, or 16 to quantize weights only.
         group_size: Input channels that share a weight scale; none means a whole row.
+        weight_rounding: "nearest", or "gptq" (each channel makes up for the errors of others), which needs calibration
+            data; "auto" is gptq where there is such data.
+        gptq_dampening: Share of its own energy added to every input channel; none tries several on held-out samples.
         scale_search: Weight scales by least squared error ("mse") or by the largest weight ("max").
         permute: Spread large input channels over the rotation blocks (zigzag).
         smoothing: Share of the mean mixed into every channel's energy before the zigzag, 0 to 1.
@@ -66,6 +70,8 @@ class DuQuantConfig:
     layer_bits: dict[str, int] = dataclasses.field(default_factory=dict)
     activation_bits: int = 8
     group_size: int | None = None
+    weight_rounding: Literal["auto", "nearest", "gptq"] = "auto"
+    gptq_dampening: float | None = None
     scale_search: Literal["mse", "max"] = "mse"
     permute: bool = True
     smoothing: float = 0.15
@@ -115,6 +121,10 @@ def _is_share(value: object) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1
 
 
+def _is_dampening(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 def _is_percentile(value: object) -> bool:
     return type(value) in (int, float) and 0 < value <= 100
 
@@ -156,6 +166,8 @@ _RULES: dict[str, Rule] = {
     "layer_bits": (_are_bits_by_name, "4 or 8 by name"),
     "activation_bits": _one_of(8, 16),
     "group_size": _optional((_is_positive_and_even, "a positive even number")),
+    "weight_rounding": _one_of("auto", "nearest", "gptq"),
+    "gptq_dampening": _optional((_is_dampening, "a positive number")),
     "scale_search": _one_of("mse", "max"),
     "permute": _FLAG,
     "smoothing": (_is_share, "between 0 and 1"),

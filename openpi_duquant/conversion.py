@@ -89,8 +89,11 @@ def make_plan(source: Mapping[str, TensorType], config: DuQuantConfig) -> Plan:
     """Plans the conversion of a checkpoint with these tensors.
 
     Raises:
-        DuQuantError: If it is not a pi0 or pi0.5 checkpoint, or `config` selects nothing or does not fit it.
+        DuQuantError: If it is not a pi0 or pi0.5 checkpoint, or `config` selects nothing or does not fit it, or
+            `config` asks for GPTQ, which needs calibration data.
     """
+    if config.weight_rounding == "gptq":
+        raise DuQuantError("weight_rounding: 'gptq' needs calibration data, which no conversion takes yet; use 'auto'")
     architecture = Architecture.infer({name: shape for name, (_, shape) in source.items()})
     for name, (dtype, _) in source.items():
         if dtype not in SOURCE_DTYPES:

@@ -148,7 +148,7 @@ class QuantLinear(nn.Module):
         if self.running is None:
             self.prepare()
         x = x.reshape(-1, x.shape[-1])
-        with _full_precision(x):
+        with full_precision(x):
             if self.spec.activation_bits == 8:
                 return QuantizedInput(*fused_transform(x, self.transform, prologue))
             with span("input_transform", x):
@@ -169,7 +169,7 @@ class QuantLinear(nn.Module):
         if residual is not None and backend.adds_residual:
             added = {"residual": residual.reshape(len(a), self.out_features), "gate": gate}
         weight = self.weight_packed, self.weight_scale
-        with _full_precision(a):
+        with full_precision(a):
             y = backend.matmul(a, act_scale, *weight, self.bias, self.restore, like.dtype, row_sum, **added)
         y = y.reshape(*like.shape[:-1], self.out_features)
         return y if added else add_residual(y, residual, gate)
@@ -192,7 +192,7 @@ def _rotation(kind: str, block: int, matrices: Tensor | None) -> transforms.Rota
     return block if kind == "hadamard" else matrices
 
 
-def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     """Keeps the host's autocast and reduced-precision matmuls (TF32; openpi allows them) out of the arithmetic."""
     if x.is_meta:
         return contextlib.nullcontext()

@@ -1,6 +1,8 @@
 """From floating-point weights to the tensors of quantized layers, group by group."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import logging
 import math
 
 import torch
@@ -8,15 +10,25 @@ from torch import Tensor
 from torch import nn
 
 from openpi_duquant import fitting
+from openpi_duquant import gptq
 from openpi_duquant import packing
 from openpi_duquant import quant
 from openpi_duquant import transforms
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.gptq import Feedback
+from openpi_duquant.linear.calibration import Calibration
+from openpi_duquant.linear.calibration import executed_groups
+from openpi_duquant.linear.calibration import input_moment
+from openpi_duquant.linear.calibration import runner
 from openpi_duquant.linear.module import QuantLinear
+from openpi_duquant.linear.rounding import InputMoment
+from openpi_duquant.linear.rounding import fit_feedback
 from openpi_duquant.linear.select import select_linears
 from openpi_duquant.linear.spec import LayerSpec
 from openpi_duquant.profiling import span
+
+logger = logging.getLogger(__name__)
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -106,17 +118,24 @@ def _fit(rotation: str, block: int, width: int) -> tuple[str, int]:
 
 
 def quantize_group(
-    weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], config: DuQuantConfig
+    weights: Mapping[str, Tensor],
+    specs: Mapping[str, LayerSpec],
+    config: DuQuantConfig,
+    moment: InputMoment | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Quantizes layers that read one input, with one permutation and one rotation.
 
     Args:
         weights: [N_i, K] floating point, by layer name; all of one group.
         specs: Their specs.
-        config: smoothing, scale_search and the block of the zigzag are read.
+        config: smoothing, scale_search, gptq_dampening and the block of the zigzag are read.
+        moment: Of the inputs: rounds by GPTQ. None: to the nearest.
 
     Returns:
         By layer, the tensors that `LayerSpec.tensors` names; shared ones are the same object.
+
+    Raises:
+        DuQuantError: If the moment is not finite, or singular.
     """
     lead = specs[next(iter(weights))]
     stacked = torch.cat([weight.float() for weight in weights.values()])
@@ -130,11 +149,16 @@ def quantize_group(
         )
         shared = {name: part for name, part in transform._asdict().items() if isinstance(part, Tensor)}
         stacked = transform.dual().apply(stacked)
+        feedback = moment and fit_feedback(moment, transform, stacked, lead.weight_bits, config.gptq_dampening)
         parts = stacked.split([specs[name].out_features for name in weights])
-        return {name: shared | _quantize_rows(part, specs[name], config) for name, part in zip(weights, parts)}
+        return {
+            name: shared | _quantize_rows(part, specs[name], config, feedback) for name, part in zip(weights, parts)
+        }
 
 
-def _quantize_rows(weight: Tensor, spec: LayerSpec, config: DuQuantConfig) -> dict[str, Tensor]:
+def _quantize_rows(
+    weight: Tensor, spec: LayerSpec, config: DuQuantConfig, feedback: Feedback | None
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     if spec.output_rotation in ("hadamard", "matrix"):
         rotation = fitting.fit_rotation(weight.T, config.rotation, spec.output_rotation_block)
@@ -143,30 +167,59 @@ def _quantize_rows(weight: Tensor, spec: LayerSpec, config: DuQuantConfig) -> di
             restore = tensors["output_rotation"] = restore.bfloat16()
         weight = transforms.rotate_rows(weight, transforms.inverse(restore))
     scale = quant.weight_scale(weight, spec.weight_bits, spec.group_size, config.scale_search)
-    codes = quant.quantize_weight(weight, scale, spec.weight_bits)
+    if feedback is None:
+        codes = quant.quantize_weight(weight, scale, spec.weight_bits)
+    else:
+        codes = gptq.gptq(weight, scale, spec.weight_bits, feedback)
     return tensors | {"weight_packed": packing.pack(codes, spec.weight_bits), "weight_scale": scale}
 
 
-def quantize_(model: nn.Module, config: DuQuantConfig, *, backend: str = "auto") -> dict[str, LayerSpec]:
+def quantize_(
+    model: nn.Module, config: DuQuantConfig, *, backend: str = "auto", calibration: Calibration | None = None
+) -> dict[str, LayerSpec]:
     """Replaces the selected nn.Linear layers of any model by `QuantLinear`, in place; nothing is folded.
 
-    A layer that the model holds under two names is replaced under both.
+    A layer that the model holds under two names is replaced under both. On an error the model is as it was.
+
+    With calibration, weights are rounded by GPTQ, group after group in the order in which they run, each calibrated on
+    what its quantized predecessors feed it. The model is run over all calibration inputs once for each group and once
+    more before; the memory is that of one group's moment, 8 K^2 bytes, and of what GPTQ makes of it. Layers that turn
+    out to read different inputs are parted; one that never runs is rounded to nearest, with a warning.
 
     Args:
         model: Any module.
         config: The configuration.
         backend: A name that `kernels.resolve` knows.
+        calibration: Inputs of the model, or what runs the model it is given on them; see `Calibration`. Not looked at
+            if config.weight_rounding is "nearest".
 
     Returns:
         The specs of the replaced layers, by name.
 
     Raises:
-        DuQuantError: As `plan_layers`; on a weight that is not finite; on row_rotation="propagate", which is a fold.
+        DuQuantError: As `plan_layers`; on a weight or input that is not finite; on row_rotation="propagate", which is
+            a fold; on weight_rounding="gptq" without calibration, or if it leaves a layer out.
     """
     if config.row_rotation == "propagate":
         raise DuQuantError(
             "row_rotation: 'propagate' is a fold, made when a checkpoint is converted; use '0' or 'restore'"
         )
+    if config.weight_rounding == "gptq" and calibration is None:
+        raise DuQuantError("weight_rounding: 'gptq' needs calibration data; give quantize_ calibration=")
+    linears, specs = _plan_model(model, config)
+    if calibration is None or config.weight_rounding == "nearest":
+        tensors = {}
+        for names in members_by_group(specs).values():
+            tensors |= quantize_group({name: linears[name].weight.detach() for name in names}, specs, config)
+    else:
+        specs, tensors = calibrate_groups(model, linears, specs, config, runner(calibration))
+    layers = {name: quant_linear(linears[name], specs[name], tensors[name], backend) for name in specs}
+    replace_modules(model, {linears[name]: layer for name, layer in layers.items()})
+    return specs
+
+
+def _plan_model(model: nn.Module, config: DuQuantConfig) -> tuple[dict[str, nn.Linear], dict[str, LayerSpec]]:
+    """The selected layers of a model, checked, and their specs."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shapes = {name: (module.out_features, module.in_features) for name, module in linears.items()}
     if "" in linears:
@@ -176,18 +229,50 @@ def quantize_(model: nn.Module, config: DuQuantConfig, *, backend: str = "auto")
             kind = type(linears[name]).__name__
             raise DuQuantError(f"{name}: is a {kind}, whose host may read its weight directly; exclude it")
     specs = plan_layers(shapes, [name for name, module in linears.items() if module.bias is not None], config)
-    replacements: dict[int, QuantLinear] = {}
-    for names in members_by_group(specs).values():
-        weights = {name: linears[name].weight.detach() for name in names}
-        for name, weight in weights.items():
-            require_finite(name, weight)
-        for name, tensors in quantize_group(weights, specs, config).items():
-            replacements[id(linears[name])] = quant_linear(linears[name], specs[name], tensors, backend)
+    for name in specs:
+        require_finite(name, linears[name].weight.detach())
+    return {name: linears[name] for name in specs}, specs
+
+
+def calibrate_groups(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    specs: Mapping[str, LayerSpec],
+    config: DuQuantConfig,
+    run: Callable[[nn.Module], object],
+) -> tuple[dict[str, LayerSpec], dict[str, dict[str, Tensor]]]:
+    """Specs, with the groups that were found, and tensors of all layers; the model is left as it was."""
+    groups = executed_groups(model, linears, {name: spec.group for name, spec in specs.items()}, run)
+    idle = [[name] for name in specs if not any(name in group for group in groups)]
+    if idle:
+        message = f"{', '.join(name for (name,) in idle)}: not run by the calibration inputs"
+        if config.weight_rounding == "gptq":
+            raise DuQuantError(f"{message}; exclude it or take weight_rounding 'auto'")
+        logger.warning("%s; rounded to nearest", message)
+    parted: dict[str, LayerSpec] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    stand_ins: dict[nn.Module, nn.Module] = {}
+    try:
+        for group in [*groups, *idle]:
+            names = [name for name in specs if name in group]
+            parted |= {name: dataclasses.replace(specs[name], group=names[0]) for name in names}
+            moment = None if group in idle else input_moment(model, group[0], linears[group[0]], run)
+            weights = {name: linears[name].weight.detach() for name in names}
+            for name, by_name in quantize_group(weights, parted, config, moment).items():
+                tensors[name] = by_name
+                stand_ins[linears[name]] = quant_linear(linears[name], parted[name], by_name, "fake")
+            replace_modules(model, {linears[name]: stand_ins[linears[name]] for name in names})
+    finally:
+        replace_modules(model, {stand_in: linear for linear, stand_in in stand_ins.items()})
+    return {name: parted[name] for name in specs}, tensors
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replaces modules within a model, each under all of its names."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in replacements:
+        if module in replacements:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, replacements[id(module)])
-    return specs
+            setattr(model.get_submodule(parent), child, replacements[module])
 
 
 def require_finite(name: str, weight: Tensor) -> None:

@@ -1,0 +1,97 @@
+"""Weights of one group to codes: to the nearest, or by GPTQ where the inputs are known."""
+
+import torch
+from torch import Tensor
+
+from openpi_duquant import gptq
+from openpi_duquant import quant
+from openpi_duquant.gptq import Feedback
+from openpi_duquant.linear.module import full_precision
+from openpi_duquant.transforms import Transform
+
+DAMPENINGS = (0.01, 0.1, 1.0)
+"""Dampenings that are tried on the other half of the calibration samples."""
+
+_TRIAL_ROWS = 256
+
+
+class InputMoment:
+    """E[x x^T] of the inputs of one group, of every second sample apart, so that one half can judge the other.
+
+    Args:
+        width: K.
+        device: Where the two [K, K] fp32 sums are held.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self._sums = torch.zeros(2, width, width, device=device)
+        self._rows = [0, 0]
+        self._samples = 0
+
+    def add(self, x: Tensor) -> None:
+        """Counts in inputs [..., K]; a sample is one index of the first dimension, as in a batch."""
+        samples = x.detach().reshape(len(x), -1, x.shape[-1]) if x.ndim > 1 else x.detach().reshape(1, 1, -1)
+        for half in (0, 1):
+            rows = samples[(half + self._samples) % 2 :: 2].flatten(0, 1).float()
+            with full_precision(rows):
+                self._sums[half].addmm_(rows.T, rows)
+            self._rows[half] += len(rows)
+        self._samples += len(samples)
+
+    @property
+    def rows(self) -> int:
+        """Inputs counted in."""
+        return sum(self._rows)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no input was NaN, Inf, or so large that its square was."""
+        return bool(self._sums.sum(dtype=torch.float64).isfinite())
+
+    @property
+    def whole(self) -> Tensor:
+        """[K, K] fp32, of all samples."""
+        return self._sums.sum(0) / max(1, self.rows)
+
+    @property
+    def halves(self) -> list[Tensor]:
+        """[K, K] fp32 of the first, third, ... sample and of the others; empty where there is one sample only."""
+        return [total / rows for total, rows in zip(self._sums, self._rows)] if all(self._rows) else []
+
+
+def fit_feedback(
+    moment: InputMoment, transform: Transform, weight: Tensor, bits: int, dampening: float | None
+) -> Feedback:
+    """GPTQ's error feedback for transformed inputs.
+
+    Args:
+        moment: Of the inputs before they are transformed.
+        transform: Of the inputs.
+        weight: [N, K], transformed; some of its rows try the dampenings out.
+        bits: 4 or 8.
+        dampening: See `gptq.dampened`. None: that of `DAMPENINGS` with which half of the samples gives the least error
+            on the other half; with a single sample, the middle one.
+
+    Raises:
+        DuQuantError: As `gptq.dampened` and `gptq.error_feedback`.
+    """
+
+    def feedback(of: Tensor, share: float) -> Feedback:
+        return gptq.error_feedback(_transformed(gptq.dampened(of, share), transform))
+
+    halves = moment.halves
+    if dampening is not None or not halves:
+        return feedback(moment.whole, dampening or DAMPENINGS[len(DAMPENINGS) // 2])
+    held_out = _transformed(halves[1].double(), transform).float()
+    trial = weight[:: -(-len(weight) // _TRIAL_ROWS)]
+    scale = quant.weight_scale(trial, bits)
+    errors = {}
+    for share in DAMPENINGS:
+        codes = gptq.gptq(trial, scale, bits, feedback(halves[0], share))
+        errors[share] = gptq.output_error(trial - quant.dequantize_weight(codes, scale), held_out).item()
+    return feedback(moment.whole, min(errors, key=errors.__getitem__))
+
+
+def _transformed(moment: Tensor, transform: Transform) -> Tensor:
+    """The moment of transformed inputs: T^T H T for x -> x T."""
+    return transform.apply(transform.apply(moment).T)
