@@ -49,12 +49,13 @@ def dampened(moment: Tensor, dampening: float) -> Tensor:
     Raises:
         DuQuantError: If the moment is not finite.
     """
-    moment = moment.double()
+    moment = moment.to(torch.float64, copy=True)
     energy = moment.diagonal()
     if not moment.sum().isfinite():
         raise DuQuantError("the calibration inputs hold NaN or Inf, or values whose squares overflow fp32")
     unseen = _UNSEEN * energy.mean() if energy.any() else torch.ones_like(energy)
-    return moment + torch.diag(dampening * energy + unseen)
+    moment.diagonal().add_(dampening * energy + unseen)
+    return moment
 
 
 def error_feedback(moment: Tensor) -> Feedback:
@@ -71,7 +72,8 @@ def error_feedback(moment: Tensor) -> Feedback:
     factor, failed = torch.linalg.cholesky_ex(moment[order[:, None], order].double())
     if failed:
         raise DuQuantError("gptq_dampening: the second moment of the inputs is singular; take more dampening")
-    return Feedback(order, (factor / factor.diagonal()).float())
+    factor /= factor.diagonal().clone()
+    return Feedback(order, factor.float())
 
 
 def gptq(weight: Tensor, scale: Tensor, bits: int, feedback: Feedback) -> Tensor:

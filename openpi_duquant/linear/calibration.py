@@ -14,8 +14,8 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.linear.rounding import InputMoment
 
 Calibration = Iterable[Any] | Callable[[nn.Module], object]
-"""Inputs of a model's forward, one call each (a tuple: positional, a mapping: keywords, anything else: the only one);
-or what runs the model it is given on all of them."""
+"""Inputs of a model's forward, one call each (a tuple: positional, a mapping: keywords, anything else: the only one); a
+tensor or a mapping alone is one call; or what runs the model it is given on all of them."""
 
 
 def runner(calibration: Calibration) -> Callable[[nn.Module], object]:
@@ -26,7 +26,7 @@ def runner(calibration: Calibration) -> Callable[[nn.Module], object]:
     """
     if callable(calibration):
         return calibration
-    inputs = list(calibration)
+    inputs = [calibration] if isinstance(calibration, Tensor | Mapping) else list(calibration)
     if not inputs:
         raise DuQuantError("calibration: holds no inputs")
 

@@ -110,6 +110,16 @@ def test_calibration_is_inputs_or_what_runs_the_model(form: Callable[[list[Tenso
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_a_tensor_or_a_mapping_alone_is_one_call() -> None:
+    states = []
+    x = torch.cat(inputs())
+    for calibration in ([x], x, {"x": x}):
+        model = Chain()
+        quantize_(model, config_of(), calibration=calibration)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], state[name]) for state in states for name in state)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "fields",
