@@ -77,7 +77,8 @@ class SafetensorsReader(contextlib.AbstractContextManager, Mapping[str, Tensor])
                 self.types[name] = DTYPES[entry["dtype"]], tuple(entry["shape"])
                 self._places[name] = file, 8 + length + entry["data_offsets"][0]
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise DuQuantError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
+            reason = " ".join(str(error).split())
+            raise DuQuantError(f"{path}: not a readable safetensors file ({reason}); fetch it again") from None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -228,6 +228,7 @@ ENTRY = st.fixed_dictionaries({name: st.just(value) | JSON for name, value in VA
     size=st.sampled_from([24, 24, 0]),
 )
 @example(header={"a": VALID | {"dtype": "C64", "shape": [3]}}, flips=[], shift=0, size=24)
+@example(header={"": ["\n"]}, flips=[], shift=0, size=24)
 @example(header={"a": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}, flips=[], shift=0, size=0)
 def test_whatever_the_header_says_only_our_error_comes_out(
     tmp_path_factory: pytest.TempPathFactory,
