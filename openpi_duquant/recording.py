@@ -67,6 +67,11 @@ class Recording:
     examples: list[Example]
     info: dict[str, Any]
 
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps that were taken; openpi's 10 where the recording does not say."""
+        return self.info.get("num_steps", 10)
+
 
 def save_recording(folder: pathlib.Path | str, examples: Sequence[Example], info: Mapping[str, Any]) -> None:
     """Writes a recording; the folder appears when it is whole.
