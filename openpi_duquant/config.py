@@ -46,6 +46,8 @@ class DuQuantConfig:
         gptq_dampening: Share of its own energy added to every input channel; none tries several on held-out samples.
         keep_error_below: Largest relative error of its outputs that a calibrated layer may have with 4 bits; where it
             has more, it takes 8, and so do those that read the same input. None: all keep their bits.
+        attention_temperature: Give calibrated attention logits the original's spread, head by head, in the scales of q.
+        output_energy: Give calibrated attention's output the original's energy, layer by layer, in the scales of o.
         scale_search: Weight scales by least squared error ("mse") or by the largest weight ("max").
         permute: Spread large input channels over the rotation blocks (zigzag).
         smoothing: Share of the mean mixed into every channel's energy before the zigzag, 0 to 1.
@@ -75,6 +77,8 @@ class DuQuantConfig:
     weight_rounding: Literal["auto", "nearest", "gptq"] = "auto"
     gptq_dampening: float | None = None
     keep_error_below: float | None = None
+    attention_temperature: bool = False
+    output_energy: bool = False
     scale_search: Literal["mse", "max"] = "mse"
     permute: bool = True
     smoothing: float = 0.15
@@ -172,6 +176,8 @@ _RULES: dict[str, Rule] = {
     "weight_rounding": _one_of("auto", "nearest", "gptq"),
     "gptq_dampening": _optional((_is_positive, "a positive number")),
     "keep_error_below": _optional((_is_positive, "a positive number")),
+    "attention_temperature": _FLAG,
+    "output_energy": _FLAG,
     "scale_search": _one_of("mse", "max"),
     "permute": _FLAG,
     "smoothing": (_is_share, "between 0 and 1"),
