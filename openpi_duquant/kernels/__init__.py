@@ -10,6 +10,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import bitblas
 from openpi_duquant.kernels import fake
 from openpi_duquant.kernels import reference
+from openpi_duquant.kernels import self_test
 from openpi_duquant.kernels import triton_matmul
 from openpi_duquant.kernels.backend import Backend
 from openpi_duquant.kernels.backend import Problem
@@ -83,13 +84,16 @@ def resolve(name: str, problem: Problem, device: torch.device) -> str:
 
 
 def _reasons_against(name: str, problem: Problem, device: torch.device) -> list[str]:
-    runs, reasons = BACKENDS[name].can_run(problem, device)
-    if runs:
-        try:
-            BACKENDS[name].load([problem], device)
-        except DuQuantError as error:
-            return [str(error)]
-    return reasons
+    backend = BACKENDS[name]
+    runs, reasons = backend.can_run(problem, device)
+    if not runs:
+        return reasons
+    try:
+        backend.load([problem], device)
+    except DuQuantError as error:
+        return [str(error)]
+    fault = self_test.transform_fault(problem, device) if backend.fused else None
+    return [fault] if fault else []
 
 
 @functools.cache

@@ -122,7 +122,11 @@ def test_a_loaded_policy_is_prepared(mirrored: Mirrored, converted: Callable[[st
     policy = load_policy(converted("default"), backend="bitblas")
     layers = [module for module in policy.modules() if isinstance(module, QuantLinear)]
     assert {layer.running for layer in layers} == {"bitblas"}
-    assert mirrored.loaded[0] == {layer.spec.problem(torch.bfloat16) for layer in layers}
+    assert mirrored.loaded[0] == {layer.problem for layer in layers}
+    seen = {
+        name.split(".")[1]: layer.tokens for name, layer in policy.named_modules() if isinstance(layer, QuantLinear)
+    }
+    assert seen == {"paligemma": ((544, 1), (968, 1)), "gemma_expert": ((10, 10), (50, 10))}
 
 
 def test_a_backend_that_cannot_run_here_stops_the_load(converted: Callable[[str], pathlib.Path]) -> None:
