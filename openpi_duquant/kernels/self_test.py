@@ -58,6 +58,13 @@ def random_weight(problem: Problem, device: torch.device) -> Tensor:
     return torch.randint(0, 256, shape, generator=random, device=device, dtype=torch.uint8).view(dtype)
 
 
+def random_restore(problem: Problem, device: torch.device) -> transforms.Rotation:
+    """A rotation of the kind that restores the problem's output; every time the same."""
+    random = torch.Generator().manual_seed(4)
+    rotation = _rotation(problem.output_rotation, problem.output_block, problem.out_features, random)
+    return rotation.to(device) if isinstance(rotation, Tensor) else rotation
+
+
 def _oracle(codes: Tensor, canonical: Tensor) -> Tensor:
     rows = max(1, _ORACLE_ELEMENTS // codes.shape[1])
     parts = [reference.integer_matmul(codes, packing.unpack(part)) for part in canonical.split(rows)]
@@ -91,20 +98,20 @@ def _matmul_fault(name: str, backend: Backend, problem: Problem, device: torch.d
         fault = wrong_sums(f"{name}'s matmul", canonical, _TOKENS, sums)
         return fault or _wrong_outputs(name, backend, problem, canonical)
     except Exception as error:  # noqa: BLE001 - a compiler has many ways to refuse
-        return _report(f"{name}'s matmul fails ({_first_line(error)})", canonical)
+        return _report(f"{name}'s matmul fails ({first_line(error)})", canonical)
 
 
 def _wrong_outputs(name: str, backend: Backend, problem: Problem, canonical: Tensor) -> str | None:
     """The result in the host's type, scaled and restored, against the definition's on the CPU."""
     random = torch.Generator().manual_seed(2)
-    rotation = _rotation(problem.output_rotation, problem.output_block, problem.out_features, random)
+    rotation = random_restore(problem, torch.device("cpu"))
     weight_scale = torch.rand(problem.out_features, 1, generator=random) + 0.5
     codes = torch.randint(-127, 128, (_TOKENS[0], problem.in_features), generator=random, dtype=torch.int8)
     act_scale = torch.rand(len(codes), 1, generator=random) / 1000 + 1e-4
     expected = reference.matmul(codes, act_scale, canonical.cpu(), weight_scale, None, rotation, torch.float32)
     operands = [x.to(canonical.device) if isinstance(x, Tensor) else x for x in (codes, act_scale, weight_scale)]
     codes, act_scale, weight_scale = operands
-    restore = rotation.to(canonical.device) if isinstance(rotation, Tensor) else rotation
+    restore = random_restore(problem, canonical.device)
     repacked = backend.repack(problem, canonical)
     actual = backend.matmul(codes, act_scale, repacked, weight_scale, None, restore, problem.dtype).float().cpu()
     error = ((actual - expected).norm() / expected.norm()).item()
@@ -147,7 +154,7 @@ def _transform_fault(kind: str, block: int, dtype: torch.dtype, device: torch.de
             if wrong:
                 return _report(f"{what} {wrong} for {rows} tokens", torch.empty(0, device=device))
     except Exception as error:  # noqa: BLE001 - a compiler has many ways to refuse
-        return _report(f"{what} fails ({_first_line(error)})", torch.empty(0, device=device))
+        return _report(f"{what} fails ({first_line(error)})", torch.empty(0, device=device))
     return None
 
 
@@ -174,5 +181,6 @@ def _moved(given: Transform | Prologue, device: torch.device) -> Transform | Pro
     return type(given)(*(part.to(device) if isinstance(part, Tensor) else part for part in given))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of its message; its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
