@@ -75,7 +75,7 @@ def decide(backends: Mapping[str, Backend], problems: Iterable[Problem], device:
     new = [problem for problem, key in keys.items() if key not in _decided]
     if new:
         where = environment(device)
-        paths = {problem: _path(where, backends, problem) for problem in new}
+        paths = {problem: _path(where, problem) for problem in new}
         found = {problem: _read(*paths[problem], backends, problem) for problem in new}
         missing = [problem for problem in new if found[problem] is None]
         if missing:
@@ -112,10 +112,10 @@ def _kernels() -> str:
     return digest.hexdigest()[:16]
 
 
-def _path(where: Mapping[str, str], backends: Iterable[str], problem: Problem) -> tuple[pathlib.Path, dict[str, Any]]:
+def _path(where: Mapping[str, str], problem: Problem) -> tuple[pathlib.Path, dict[str, Any]]:
     """The file of a problem's times, and what it must say that they are times of."""
     layer = {name: str(value) for name, value in dataclasses.asdict(problem).items()}
-    measured = dict(where) | {"backends": list(backends), "layer": layer}
+    measured = {**where, "layer": layer}
     digest = hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
     name = f"{problem} {digest}.json".replace(" ", "-")
     return config.cache_folder() / "auto" / name, measured

@@ -156,12 +156,18 @@ def wrong_transforms() -> dict[str, Callable[[Tensor, Transform, Prologue], Quan
         codes, act_scale, row_sum = define(x, given, prologue)
         return codes, act_scale, row_sum + 1
 
+    def jumping(x: Tensor, given: Transform, prologue: Prologue) -> Quantized:
+        codes, act_scale, _ = define(x, given, prologue)
+        codes[0, 0] -= 2 if codes[0, 0] > 0 else -2
+        return codes, act_scale, codes.sum(1, keepdim=True, dtype=torch.int32)
+
     def refuse(*_: object) -> Quantized:
         raise RuntimeError("no such instruction")
 
     return {
         "codes otherwise": lambda x, given, prologue: define(x, given._replace(permutation=None), prologue),
         "of 576 codes otherwise for 3": lambda x, given, prologue: define(x, given, prologue._replace(shift=None)),
+        "rounded 1 of 576 codes otherwise": jumping,
         "other scales": scaled,
         "its codes wrongly": summed,
         "fails (no such instruction)": refuse,

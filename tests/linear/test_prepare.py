@@ -19,6 +19,7 @@ from openpi_duquant.kernels import Backend
 from openpi_duquant.kernels import Problem
 from openpi_duquant.kernels import reference
 from openpi_duquant.linear import QuantLinear
+from openpi_duquant.linear import module
 from openpi_duquant.linear import prepare_
 
 K, N = 48, 24
@@ -74,6 +75,21 @@ def test_its_layout_is_not_seen_in_results_or_files(mirrored: Mirrored, changes:
     assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
     wanted = "activation_bits" not in changes
     assert [row_sum is not None for row_sum in mirrored.row_sums] == [wanted]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_fused_transform_runs_for_backends_that_want_it(monkeypatch: pytest.MonkeyPatch, *, fused: bool) -> None:
+    calls = []
+
+    def fused_transform(*given: object) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append(given)
+        return reference.fused_transform(*given)
+
+    monkeypatch.setattr(module, "fused_transform", fused_transform)
+    monkeypatch.setitem(kernels.BACKENDS, "bitblas", Backend(reference.matmul, fused=fused))
+    x = torch.randn(5, K)
+    assert torch.equal(quantized("bitblas")(x), quantized("reference")(x))
+    assert len(calls) == fused
 
 
 def test_a_state_dict_may_come_before_and_after_the_first_use(mirrored: Mirrored) -> None:
