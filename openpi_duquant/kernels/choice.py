@@ -150,7 +150,7 @@ def _measured(backends: Mapping[str, Backend], problem: Problem, device: torch.d
         try:
             found.times[name] = measure(backend, problem, device)
         except Exception as error:  # noqa: BLE001 - whatever it is, the backend is no candidate then
-            found.failures[name] = self_test.first_line(error)
+            found.failures[name] = self_test.in_one_line(error)
             logger.warning("backend auto: %s is left out for %s: %s", name, problem, found.failures[name])
     return found
 
@@ -165,10 +165,13 @@ def measure(backend: Backend, problem: Problem, device: torch.device) -> Times:
         copies = min(_LAUNCHES[1], -(-L2_BYTES // packed.nbytes))
         weights = [packed, *(packed.clone() for _ in range(copies - 1))]
         scale = torch.ones(problem.out_features, problem.scale_groups, device=device)
-        restore = self_test.random_restore(problem, device)
+        restore = self_test.random_restore(problem)
+        restore = restore.to(device) if isinstance(restore, Tensor) else restore
+        random = torch.Generator(device).manual_seed(0)
         times = {}
         for m, _ in problem.tokens:
-            codes = torch.randint(-127, 128, (m, problem.in_features), dtype=torch.int8, device=device)
+            size = m, problem.in_features
+            codes = torch.randint(-127, 128, size, generator=random, dtype=torch.int8, device=device)
             act_scale, row_sum = torch.ones(m, 1, device=device), codes.sum(1, keepdim=True, dtype=torch.int32)
             operands = scale, None, restore, problem.dtype, row_sum
             launch = functools.partial(_launch, backend, (codes, act_scale), weights, operands)

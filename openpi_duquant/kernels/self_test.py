@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +59,10 @@ def random_weight(problem: Problem, device: torch.device) -> Tensor:
     return torch.randint(0, 256, shape, generator=random, device=device, dtype=torch.uint8).view(dtype)
 
 
-def random_restore(problem: Problem, device: torch.device) -> transforms.Rotation:
-    """A rotation of the kind that restores the problem's output; every time the same."""
+def random_restore(problem: Problem) -> transforms.Rotation:
+    """A rotation of the kind that restores the problem's output, on the CPU."""
     random = torch.Generator().manual_seed(4)
-    rotation = _rotation(problem.output_rotation, problem.output_block, problem.out_features, random)
-    return rotation.to(device) if isinstance(rotation, Tensor) else rotation
+    return _rotation(problem.output_rotation, problem.output_block, problem.out_features, random)
 
 
 def _oracle(codes: Tensor, canonical: Tensor) -> Tensor:
@@ -98,24 +98,20 @@ def _matmul_fault(name: str, backend: Backend, problem: Problem, device: torch.d
         fault = wrong_sums(f"{name}'s matmul", canonical, _TOKENS, sums)
         return fault or _wrong_outputs(name, backend, problem, canonical)
     except Exception as error:  # noqa: BLE001 - a compiler has many ways to refuse
-        return _report(f"{name}'s matmul fails ({first_line(error)})", canonical)
+        return _report(f"{name}'s matmul fails ({in_one_line(error)})", canonical)
 
 
 def _wrong_outputs(name: str, backend: Backend, problem: Problem, canonical: Tensor) -> str | None:
     """The result in the host's type, scaled and restored, against the definition's on the CPU."""
     random = torch.Generator().manual_seed(2)
-    rotation = random_restore(problem, torch.device("cpu"))
-    weight_scale = torch.rand(problem.out_features, 1, generator=random) + 0.5
     codes = torch.randint(-127, 128, (_TOKENS[0], problem.in_features), generator=random, dtype=torch.int8)
     act_scale = torch.rand(len(codes), 1, generator=random) / 1000 + 1e-4
-    expected = reference.matmul(codes, act_scale, canonical.cpu(), weight_scale, None, rotation, torch.float32)
-    operands = [x.to(canonical.device) if isinstance(x, Tensor) else x for x in (codes, act_scale, weight_scale)]
-    codes, act_scale, weight_scale = operands
-    restore = random_restore(problem, canonical.device)
-    repacked = backend.repack(problem, canonical)
-    actual = backend.matmul(codes, act_scale, repacked, weight_scale, None, restore, problem.dtype).float().cpu()
+    after = torch.rand(problem.out_features, 1, generator=random) + 0.5, None, random_restore(problem)
+    expected = reference.matmul(codes, act_scale, canonical.cpu(), *after, torch.float32)
+    codes, act_scale, *after = _moved((codes, act_scale, *after), canonical.device)
+    actual = backend.matmul(codes, act_scale, backend.repack(problem, canonical), *after, problem.dtype).float().cpu()
     error = ((actual - expected).norm() / expected.norm()).item()
-    if error < 4 * torch.finfo(problem.dtype).eps:
+    if error < max(4 * torch.finfo(problem.dtype).eps, 1e-5):
         return None
     return _report(f"{name}'s matmul {problem} errs by {error:.2g} of its result", canonical)
 
@@ -149,12 +145,13 @@ def _transform_fault(kind: str, block: int, dtype: torch.dtype, device: torch.de
         ):
             x = torch.randn(rows, width * (1 + prologue.geglu), generator=random).to(dtype)
             expected = reference.fused_transform(x, given, prologue)
-            actual = fused_transform(x.to(device), _moved(given, device), _moved(prologue, device))
+            there = Transform(*_moved(given, device)), Prologue(*_moved(prologue, device))
+            actual = fused_transform(x.to(device), *there)
             wrong = _wrong_codes([part.cpu() for part in actual], expected)
             if wrong:
                 return _report(f"{what} {wrong} for {rows} tokens", torch.empty(0, device=device))
     except Exception as error:  # noqa: BLE001 - a compiler has many ways to refuse
-        return _report(f"{what} fails ({first_line(error)})", torch.empty(0, device=device))
+        return _report(f"{what} fails ({in_one_line(error)})", torch.empty(0, device=device))
     return None
 
 
@@ -162,7 +159,7 @@ def _wrong_codes(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> str | 
     """Codes may differ by rounding: by one step, on few elements."""
     (codes, act_scale, row_sum), (right, right_scale, _) = actual, expected
     difference = (codes.int() - right.int()).abs()
-    if difference.max() > 1 or difference.count_nonzero() > max(2, 0.01 * difference.numel()):
+    if difference.max() > 1 or difference.count_nonzero() > 0.03 * difference.numel():
         return f"rounded {difference.count_nonzero()} of {difference.numel()} codes otherwise"
     if not torch.allclose(act_scale, right_scale, rtol=1e-2, atol=0):
         return "found other scales"
@@ -177,10 +174,11 @@ def _rotation(kind: str, block: int, width: int, random: torch.Generator) -> tra
     return block if kind == "hadamard" else None
 
 
-def _moved(given: Transform | Prologue, device: torch.device) -> Transform | Prologue:
-    return type(given)(*(part.to(device) if isinstance(part, Tensor) else part for part in given))
+def _moved(given: Iterable[object], device: torch.device) -> list[Any]:
+    return [part.to(device) if isinstance(part, Tensor) else part for part in given]
 
 
-def first_line(error: Exception) -> str:
-    """Of its message; its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def in_one_line(error: Exception) -> str:
+    """Its type, and the first and the last line of its message."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *dict.fromkeys((*lines[:1], *lines[-1:]))])

@@ -98,7 +98,7 @@ def test_a_kernel_that_does_not_compile_is_quoted() -> None:
         raise RuntimeError("out of resource: shared memory\nRequired: 300000")
 
     fault = self_test.matmul_fault("mine", Backend(refuse), problem(), DEVICE)
-    assert fault.startswith("mine's matmul fails (out of resource: shared memory) on ")
+    assert fault.startswith("mine's matmul fails (RuntimeError: out of resource: shared memory: Required: 300000) on ")
 
 
 def test_a_kind_is_tested_once() -> None:
@@ -170,7 +170,7 @@ def wrong_transforms() -> dict[str, Callable[[Tensor, Transform, Prologue], Quan
         "rounded 1 of 576 codes otherwise": jumping,
         "other scales": scaled,
         "its codes wrongly": summed,
-        "fails (no such instruction)": refuse,
+        "fails (RuntimeError: no such instruction)": refuse,
     }
 
 
