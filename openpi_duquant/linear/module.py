@@ -11,6 +11,9 @@ from torch import nn
 
 from openpi_duquant import kernels
 from openpi_duquant import transforms
+from openpi_duquant.kernels import reference
+from openpi_duquant.kernels.backend import USUAL_TOKENS
+from openpi_duquant.kernels.backend import Workload
 from openpi_duquant.kernels.reference import NO_PROLOGUE
 from openpi_duquant.kernels.reference import Prologue
 from openpi_duquant.kernels.transform import fused_transform
@@ -48,6 +51,7 @@ class QuantLinear(nn.Module):
         backend: A name that `kernels.resolve` knows. What it stands for is chosen once the tensors are on their device:
             by `prepare`, by a move to a GPU, or at the first use.
         dtype: Floating-point type the host computes in.
+        tokens: See `Problem.tokens`.
         device: Where the (uninitialised) tensors are made; "meta" for none.
 
     Raises:
@@ -60,6 +64,7 @@ class QuantLinear(nn.Module):
         *,
         backend: str = "auto",
         dtype: torch.dtype = torch.float32,
+        tokens: Workload = USUAL_TOKENS,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -69,12 +74,18 @@ class QuantLinear(nn.Module):
         self.dtype = dtype
         kernels.check_name(backend)
         self.backend = backend
+        self.tokens = tokens
         self.running: str | None = None
         tensors = dict.fromkeys((*SHARED_TENSORS, "output_rotation", "bias")) | spec.tensors()
         if spec.bias:
             tensors["bias"] = dtype, (spec.out_features,)
         for name, shape in tensors.items():
             self.register_buffer(name, shape and torch.empty(shape[1], dtype=shape[0], device=device))
+
+    @property
+    def problem(self) -> kernels.Problem:
+        """What a backend is told of it."""
+        return self.spec.problem(self.dtype, self.tokens)
 
     @property
     def weight(self) -> Tensor:
@@ -105,15 +116,14 @@ class QuantLinear(nn.Module):
         """
         with _PREPARING:  # threads may meet here in their first calls
             if self.running is None:
-                problem = self.spec.problem(self.dtype)
-                running = kernels.resolve(self.backend, problem, self.weight_packed.device)
-                self.weight_packed = kernels.BACKENDS[running].repack(problem, self.weight_packed)
+                running = kernels.resolve(self.backend, self.problem, self.weight_packed.device)
+                self.weight_packed = kernels.BACKENDS[running].repack(self.problem, self.weight_packed)
                 self.running = running
 
     def _canonical_weight(self) -> Tensor:
         if self.running is None:
             return self.weight_packed
-        return kernels.BACKENDS[self.running].canonical(self.spec.problem(self.dtype), self.weight_packed)
+        return kernels.BACKENDS[self.running].canonical(self.problem, self.weight_packed)
 
     def _release(self) -> None:
         """Undoes `prepare`."""
@@ -130,7 +140,7 @@ class QuantLinear(nn.Module):
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         if self.running is not None:  # in a new process its kernels are not loaded yet
-            kernels.resolve(self.running, self.spec.problem(self.dtype), self.weight_packed.device)
+            kernels.resolve(self.running, self.problem, self.weight_packed.device)
 
     @property
     def transform(self) -> transforms.Transform:
@@ -150,7 +160,8 @@ class QuantLinear(nn.Module):
         x = x.reshape(-1, x.shape[-1])
         with full_precision(x):
             if self.spec.activation_bits == 8:
-                return QuantizedInput(*fused_transform(x, self.transform, prologue))
+                make = fused_transform if kernels.BACKENDS[self.running].fused else reference.fused_transform
+                return QuantizedInput(*make(x, self.transform, prologue))
             with span("input_transform", x):
                 return QuantizedInput(self.transform.apply(prologue.apply(x).float()))
 
