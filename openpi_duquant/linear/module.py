@@ -1,7 +1,6 @@
 """QuantLinear: a drop-in for nn.Linear whose weight is int4 or int8 and whose input is rounded to int8."""
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Sequence
 import threading
 from typing import NamedTuple
 
@@ -158,12 +157,11 @@ class QuantLinear(nn.Module):
         if self.running is None:
             self.prepare()
         x = x.reshape(-1, x.shape[-1])
-        with full_precision(x):
-            if self.spec.activation_bits == 8:
-                make = fused_transform if kernels.BACKENDS[self.running].fused else reference.fused_transform
-                return QuantizedInput(*make(x, self.transform, prologue))
-            with span("input_transform", x):
-                return QuantizedInput(self.transform.apply(prologue.apply(x).float()))
+        if self.spec.activation_bits == 8:
+            make = fused_transform if kernels.BACKENDS[self.running].fused else reference.fused_transform
+            return QuantizedInput(*make(x, self.transform, prologue))
+        with span("input_transform", x):
+            return QuantizedInput(self.transform.apply(prologue.apply(x).float()))
 
     def matmul(
         self, quantized: QuantizedInput, like: Tensor, residual: Tensor | None = None, gate: Tensor | None = None
@@ -180,8 +178,7 @@ class QuantLinear(nn.Module):
         if residual is not None and backend.adds_residual:
             added = {"residual": residual.reshape(len(a), self.out_features), "gate": gate}
         weight = self.weight_packed, self.weight_scale
-        with full_precision(a):
-            y = backend.matmul(a, act_scale, *weight, self.bias, self.restore, like.dtype, row_sum, **added)
+        y = backend.matmul(a, act_scale, *weight, self.bias, self.restore, like.dtype, row_sum, **added)
         y = y.reshape(*like.shape[:-1], self.out_features)
         return y if added else add_residual(y, residual, gate)
 
@@ -201,26 +198,6 @@ class QuantLinear(nn.Module):
 
 def _rotation(kind: str, block: int, matrices: Tensor | None) -> transforms.Rotation:
     return block if kind == "hadamard" else matrices
-
-
-def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """Keeps the host's autocast and reduced-precision matmuls (TF32; openpi allows them) out of the arithmetic."""
-    if x.is_meta:
-        return contextlib.nullcontext()
-    if torch.compiler.is_compiling():
-        return torch.autocast(x.device.type, enabled=False)
-    return _eager_full_precision(x.device.type)
-
-
-@contextlib.contextmanager
-def _eager_full_precision(device_type: str) -> Iterator[None]:
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def name_layers(model: nn.Module) -> None:
