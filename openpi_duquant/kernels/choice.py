@@ -26,6 +26,7 @@ from openpi_duquant.kernels.bitblas import driver
 from openpi_duquant.kernels.files import write_whole
 from openpi_duquant.kernels.timing import L2_BYTES
 from openpi_duquant.kernels.timing import microseconds
+from openpi_duquant.profiling import not_profiled
 from openpi_duquant.progress import progress_bar
 from openpi_duquant.report import markdown_table
 
@@ -155,6 +156,7 @@ def _measured(backends: Mapping[str, Backend], problem: Problem, device: torch.d
     return found
 
 
+@not_profiled()
 def measure(backend: Backend, problem: Problem, device: torch.device) -> Times:
     """Microseconds of a backend's matmul at every M of `problem.tokens`, on a GPU.
 

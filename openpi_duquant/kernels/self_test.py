@@ -15,6 +15,7 @@ from openpi_duquant.kernels.backend import Problem
 from openpi_duquant.kernels.reference import Prologue
 from openpi_duquant.kernels.transform import fused_transform
 from openpi_duquant.kernels.transform import why_not_fused
+from openpi_duquant.profiling import not_profiled
 from openpi_duquant.transforms import Transform
 
 _REPORT = "please report this line and what openpi-duquant doctor shows as an issue of openpi-duquant"
@@ -86,6 +87,7 @@ def matmul_fault(name: str, backend: Backend, problem: Problem, device: torch.de
 
 
 @functools.cache
+@not_profiled()
 def _matmul_fault(name: str, backend: Backend, problem: Problem, device: torch.device) -> str | None:
     canonical = random_weight(problem, device)
     weight = backend.repack(problem, canonical)
@@ -128,6 +130,7 @@ def transform_fault(problem: Problem, device: torch.device) -> str | None:
 
 
 @functools.cache
+@not_profiled()
 def _transform_fault(kind: str, block: int, dtype: torch.dtype, device: torch.device) -> str | None:
     random = torch.Generator().manual_seed(3)
     width = 3 * (block or 64)

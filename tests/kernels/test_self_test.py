@@ -17,6 +17,7 @@ from openpi_duquant.kernels import reference
 from openpi_duquant.kernels import self_test
 from openpi_duquant.kernels import triton_matmul
 from openpi_duquant.kernels.reference import Prologue
+from openpi_duquant.profiling import Profile
 from openpi_duquant.transforms import Transform
 
 GPU = torch.cuda.is_available()
@@ -104,9 +105,13 @@ def test_a_kernel_that_does_not_compile_is_quoted() -> None:
 def test_a_kind_is_tested_once() -> None:
     calls = []
     backend = Backend(lambda *given: calls.append(1) or reference.matmul(*given))
-    for k in (1024, 2048):
-        assert self_test.matmul_fault("mine", backend, dataclasses.replace(problem(), in_features=k), DEVICE) is None
+    with Profile().active() as profile:
+        for k in (1024, 2048):
+            given = dataclasses.replace(problem(), in_features=k)
+            assert self_test.matmul_fault("mine", backend, given, DEVICE) is None
+            assert self_test.transform_fault(given, DEVICE) is None
     once = len(calls)
+    assert not profile.sums
     self_test.matmul_fault("mine", backend, problem(8), DEVICE)
     assert len(calls) == 2 * once
 
