@@ -21,6 +21,7 @@ from openpi_duquant.kernels import reference
 from openpi_duquant.kernels.bitblas import driver
 from openpi_duquant.kernels.files import write_whole
 from openpi_duquant.profiling import Profile
+from openpi_duquant.profiling import span
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 PROBLEM = Problem(64, 128, 4, 8, 1, "none", 0, torch.bfloat16, tokens=((10, 10), (968, 1)))
@@ -260,9 +261,8 @@ def test_what_is_measured_is_the_layer(bits: int, kind: str, monkeypatch: pytest
     with Profile().active() as profile:
         assert choice.measure(mirrored, problem, CPU) == {10: 7.0, 968: 8.0}
         assert not profile.sums
-        reference.matmul(
-            torch.ones(1, 2), None, torch.ones(1, 1, dtype=torch.uint8), torch.ones(1, 1), None, None, torch.half
-        )
+        with span("matmul", torch.ones(1)):
+            pass
     assert profile.sums
     assert shapes == [(m, 128, 64, 128, kind == "none", torch.bfloat16) for m in (10, 968) for _ in range(3)]
     assert len(weights) == 3
