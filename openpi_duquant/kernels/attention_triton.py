@@ -7,20 +7,26 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from openpi_duquant.kernels import pdl_triton
+from openpi_duquant.kernels.pdl_triton import begin
+
 
 def launch_rotary(rotated: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Fills rotated [B, S, H + 1, D] from qkv [B, S, (H + 2) D]; cos and sin [B, S, D], all contiguous."""
     batch, length, heads, size = rotated.shape
     _rotary[(batch * length,)](
-        rotated, qkv, cos, sin, HEADS=heads, PADDED=triton.next_power_of_2(heads), HALF=size // 2, num_warps=4
-    )
+        rotated, qkv, cos, sin, HEADS=heads, PADDED=triton.next_power_of_2(heads), HALF=size // 2,
+        **pdl_triton.options(qkv), num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit
 def _rotary(
-    rotated_ptr, qkv_ptr, cos_ptr, sin_ptr, HEADS: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr
+    rotated_ptr, qkv_ptr, cos_ptr, sin_ptr, HEADS: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token."""
+    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     head, lane = tl.arange(0, PADDED)[:, None], tl.arange(0, HALF)[None, :]
     known = head < HEADS
@@ -96,20 +102,24 @@ def launch_attend(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         own[0].stride(0), own[0].stride(1), own[1].stride(0), own[1].stride(1), size**-0.5 * 1.4426950408889634,
         HEADS=heads, D=size, ROWS=shape.rows, KEYS=shape.keys, SPLITS=shape.splits, VISIBLE=visible is not None,
-        OWN=own_k is not None, STATE_FIRST=state_first, EXACT=exact, num_warps=shape.warps, num_stages=2,
+        OWN=own_k is not None, STATE_FIRST=state_first, EXACT=exact, **pdl_triton.options(q),
+        num_warps=shape.warps, num_stages=2,
     )  # fmt: skip
     if shape.splits > 1:
         _combine[(length * heads, batch)](
             out, sums, parts, tiles * shape.rows, length * heads,
-            SPLITS=shape.splits, PADDED=triton.next_power_of_2(shape.splits), D=size, num_warps=2,
+            SPLITS=shape.splits, PADDED=triton.next_power_of_2(shape.splits), D=size,
+            **pdl_triton.options(q), num_warps=2,
         )  # fmt: skip
 
 
 @triton.jit
 def _combine(
-    out_ptr, sums_ptr, parts_ptr, padded_rows, rows, SPLITS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr
+    out_ptr, sums_ptr, parts_ptr, padded_rows, rows, SPLITS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One row from its partial sums (as FlashDecoding, Dao et al. 2023)."""
+    begin(PDL)
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     split, lane = tl.arange(0, PADDED), tl.arange(0, D)
     known = split < SPLITS
@@ -165,10 +175,11 @@ def _attend(
     out_ptr, sums_ptr, parts_ptr, q_ptr, k_ptr, v_ptr, visible_ptr, own_k_ptr, own_v_ptr, length, keys, own_keys,
     q_batch, q_token, k_batch, k_token, v_batch, v_token, own_k_batch, own_k_token, own_v_batch, own_v_token, scale,
     HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    VISIBLE: tl.constexpr, OWN: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
+    VISIBLE: tl.constexpr, OWN: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows are pairs of a query and a head: all of them read the same keys and values. The last part of the keys has
     the queries' own as well."""
+    begin(PDL)
     split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     query, head, lane = row // HEADS, row % HEADS, tl.arange(0, D)

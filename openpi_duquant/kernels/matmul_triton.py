@@ -9,8 +9,14 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from openpi_duquant.kernels import pdl_triton
 from openpi_duquant.kernels.blocks_triton import block_diagonal
+from openpi_duquant.kernels.pdl_triton import gdc_launch_dependents
+from openpi_duquant.kernels.pdl_triton import gdc_wait
 from openpi_duquant.kernels.tiles import Tile
+
+_LINE = tl.constexpr(128)  # bytes that memory gives at once
+_MOST_LINES = 512  # that a program asks for ahead
 
 
 def launch(
@@ -39,7 +45,23 @@ def launch(
         INT4=weight.shape[1] < k, BIAS=bias is not None, HADAMARD=hadamard > 0, BLOCK=block,
         GAIN=hadamard**-0.5 if hadamard else 1.0, RESIDUAL=residual is not None, GATE=gate is not None,
         EXACT=interpreted or out.dtype == torch.float32, INTERPRETED=interpreted,
-        num_warps=tile.warps, num_stages=tile.stages,
+        LINES=_lines(m, weight.shape[1], tile), **pdl_triton.options(a), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _lines(m: int, stored: int, tile: Tile) -> int:
+    """Lines of a row of the weight that are asked for while the kernel before still runs: for few tokens, which wait
+    for the weight rather than for the tensor cores."""
+    return min(triton.next_power_of_2(triton.cdiv(stored, _LINE.value)), _MOST_LINES // tile.columns) if m <= 64 else 0
+
+
+@triton.jit
+def _prefetch(rows, K: tl.constexpr, LINES: tl.constexpr):
+    """Asks for the first lines of rows of K bytes, into L2, where memory is coherent: a hint, not a read."""
+    line = tl.minimum(tl.arange(0, LINES) * _LINE, K - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [rows[:, None] + line[None, :]],
+        dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -66,10 +88,12 @@ def _matmul(
     M, N, a_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, INT4: tl.constexpr,
     BIAS: tl.constexpr, HADAMARD: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATE: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr,
+    GATE: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile [BM, BN] a program; K counts the stored columns of the weight. Sums are [BN, BM]: weights come from
     registers, which the tensor cores take on the left."""
+    if PDL:
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     first = pid // (GROUP * tiles_n) * GROUP
@@ -79,7 +103,12 @@ def _matmul(
     k = tl.arange(0, BK)
     known_m, known_n = m < M, n < N
     a_tile = a_ptr + tl.where(known_m, m, 0).to(tl.int64)[None, :] * a_stride + k[:, None]
-    w_tile = weight_ptr + tl.where(known_n, n, 0).to(tl.int64)[:, None] * K + k[None, :]
+    w_rows = weight_ptr + tl.where(known_n, n, 0).to(tl.int64) * K
+    w_tile = w_rows[:, None] + k[None, :]
+    if PDL:
+        if LINES > 0:
+            _prefetch(w_rows, K, LINES)
+        gdc_wait()
     sums = tl.zeros((BN, BM), tl.int32)
     for start in range(0, K, BK):
         if K % BK == 0:
