@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from openpi_duquant.kernels import attention_triton
 from openpi_duquant.kernels import matmul_triton
+from openpi_duquant.kernels import rotary_triton
 from openpi_duquant.kernels import transform_triton
 
 TYPES = {
@@ -28,8 +29,9 @@ _TRANSFORM = {
 }  # fmt: skip
 _MATMUL = {
     "BN": 64, "BK": 128, "GROUP": 1, "K": 512, "INT4": True, "BIAS": False, "HADAMARD": False, "BLOCK": 0, "GAIN": 1.0,
-    "RESIDUAL": True, "GATE": True, "EXACT": False, "INTERPRETED": False,
+    "HEAD": 0, "RESIDUAL": True, "GATE": True, "EXACT": False, "INTERPRETED": False,
 }  # fmt: skip
+_ROTARY = {"HEAD": 256, "RESIDUAL": False, "GATE": False}
 KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
     "row": (
         transform_triton._by_row,
@@ -38,7 +40,8 @@ KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
     "block": (transform_triton._by_block, _TRANSFORM | {"ROWS": 16, "B": 16}),
     "matmul, few": (matmul_triton._matmul, _MATMUL | {"BM": 16, "LINES": 4}),
     "matmul, many": (matmul_triton._matmul, _MATMUL | {"BM": 128, "LINES": 0}),
-    "rotary": (attention_triton._rotary, {"HEADS": 9, "PADDED": 16, "HALF": 128}),
+    "matmul, rotary": (matmul_triton._matmul, _MATMUL | _ROTARY | {"BM": 16, "LINES": 4}),
+    "rotary": (rotary_triton._rotary, {"HEADS": 9, "PADDED": 16, "HALF": 128}),
     "attend": (
         attention_triton._attend,
         {

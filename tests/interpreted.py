@@ -6,7 +6,6 @@ import contextlib
 import torch
 from torch import Tensor
 
-from openpi_duquant.kernels import attention
 from openpi_duquant.kernels import transform
 from openpi_duquant.kernels.tiles import Tile
 
@@ -41,11 +40,11 @@ def _epilogue(accumulators: Tensor, *operands: object) -> Tensor:
 
 
 def _rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
+    from openpi_duquant.kernels import rotary_triton  # noqa: PLC0415
 
-    rotated = attention._rotary_fake(qkv, cos, sin)
-    attention_triton.launch_rotary(rotated, qkv, cos, sin)
-    return rotated
+    turned = qkv.new_empty(qkv.shape)
+    rotary_triton.launch(turned, qkv, cos, sin)
+    return turned
 
 
 def _attend(q: Tensor, *operands: object) -> Tensor:

@@ -285,7 +285,7 @@ def attention_of(policy: Policy, example: Example, monkeypatch: pytest.MonkeyPat
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(gemma, "attention", types.SimpleNamespace(attend=attend, rotary=attention.rotary))
+        patch.setattr(gemma, "attention", types.SimpleNamespace(attend=attend))
         policy.sample_actions(example.observation, example.noise, num_steps=1)
     return seen
 

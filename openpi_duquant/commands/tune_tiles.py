@@ -151,7 +151,7 @@ class _Operands(NamedTuple):
         from openpi_duquant.kernels import matmul_triton  # noqa: PLC0415  triton is there where CUDA is
 
         weight = self.weights[index % len(self.weights)]
-        rest = None, None, 0, None, None, tile
+        rest = None, None, 0, None, None, None, None, tile
         matmul_triton.launch(out, self.a, self.act_scale, weight, self.weight_scale, *rest)
 
 

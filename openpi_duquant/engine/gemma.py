@@ -12,6 +12,7 @@ from torch import nn
 from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.engine.placement import HostLinear
 from openpi_duquant.kernels import attention
+from openpi_duquant.kernels.reference import Epilogue
 from openpi_duquant.kernels.reference import Prologue
 from openpi_duquant.linear import apply_linear
 from openpi_duquant.linear import merge_
@@ -90,13 +91,15 @@ class Attention(nn.Module):
         merge_(self, self.inputs, "qkv_proj")
 
     def project(self, x: Tensor, norm: Prologue, cos: Tensor, sin: Tensor) -> tuple[Tensor, KeyValue]:
-        """Rotated queries [B, S, H, D], rotated keys and values [B, S, D] of x [B, S, W]."""
+        """Rotated queries [B, S, H, D], rotated keys and values [B, S, D] of x [B, S, W]; views of one tensor."""
+        rotated = Epilogue(rotary=(cos, sin))
         if hasattr(self, "qkv_proj"):
-            qkv = apply_linear(self.qkv_proj, x, norm)
+            qkv = apply_linear(self.qkv_proj, x, norm, rotated)
         else:
-            qkv = torch.cat(shared_forward([getattr(self, name) for name in self.inputs], x, norm), dim=-1)
-        rotated = attention.rotary(qkv, cos, sin)
-        return rotated[:, :, :-1], (rotated[:, :, -1], qkv[..., -self.head_dim :])
+            projections = [getattr(self, name) for name in self.inputs]
+            qkv = rotated.apply(torch.cat(shared_forward(projections, x, norm), dim=-1))
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        return heads[:, :, :-2], (heads[:, :, -2], heads[:, :, -1])
 
     def forward(
         self,
@@ -128,7 +131,7 @@ class Attention(nn.Module):
             y = attention.attend(q, *own, visible)
         else:
             y = attention.attend(q, *cached, visible, own, state_first=state_first)
-        return apply_linear(self.o_proj, y, residual=x, gate=gate), own
+        return apply_linear(self.o_proj, y, epilogue=Epilogue(residual=x, gate=gate)), own
 
 
 class MLP(nn.Module):
@@ -150,7 +153,7 @@ class MLP(nn.Module):
             gate_up = apply_linear(self.gate_up_proj, x, norm)
         else:
             gate_up = torch.cat(shared_forward((self.gate_proj, self.up_proj), x, norm), dim=-1)
-        return apply_linear(self.down_proj, gate_up, _GEGLU, residual=x, gate=gate)
+        return apply_linear(self.down_proj, gate_up, _GEGLU, Epilogue(residual=x, gate=gate))
 
 
 class DecoderLayer(nn.Module):

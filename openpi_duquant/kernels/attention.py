@@ -1,26 +1,10 @@
-"""Rotary embedding and attention of many query heads over one key/value head; on a GPU one launch each."""
+"""Attention of many query heads over one key/value head; on a GPU one launch, or two."""
 
 import torch
 from torch import Tensor
 import torch.nn.functional as F  # noqa: N812
 
-
-def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries and keys, rotated (Su et al. 2021, arXiv:2104.09864): x * cos + (-second half, first half) * sin.
-
-    Args:
-        qkv: [B, S, (H + 2) D]: H query heads, one key head, one value head.
-        cos: [B, S, D].
-        sin: [B, S, D].
-
-    Returns:
-        [B, S, H + 1, D], the keys last.
-    """
-    if _on_gpu(qkv, cos.shape[-1]):
-        return torch.ops.openpi_duquant.rotary(qkv, cos, sin)
-    heads = qkv.unflatten(-1, (-1, cos.shape[-1]))[:, :, :-1]
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos.unsqueeze(2) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(2)
+from openpi_duquant.kernels.rotary import on_gpu
 
 
 def attend(
@@ -45,7 +29,7 @@ def attend(
     Returns:
         [B, S, H * D].
     """
-    if _on_gpu(q, q.shape[-1]):
+    if on_gpu(q, q.shape[-1]):
         own_k, own_v = own if own is not None else (None, None)
         return torch.ops.openpi_duquant.attend(q, k, v, visible, own_k, own_v, state_first).flatten(2)
     batch, length, heads, _ = q.shape
@@ -76,33 +60,10 @@ def _with_own(
     return torch.cat((mask, own.expand(batch, 1, -1, -1)), dim=3)
 
 
-def _on_gpu(x: Tensor, size: int) -> bool:
-    """Whether the kernels take it: on a GPU, with heads of a power of two."""
-    return x.is_cuda and size >= 16 and size & (size - 1) == 0
-
-
-torch.library.define("openpi_duquant::rotary", "(Tensor qkv, Tensor cos, Tensor sin) -> Tensor")
 torch.library.define(
     "openpi_duquant::attend",
     "(Tensor q, Tensor k, Tensor v, Tensor? visible, Tensor? own_k, Tensor? own_v, bool state_first) -> Tensor",
 )
-
-
-@torch.library.register_fake("openpi_duquant::rotary")
-def _rotary_fake(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    del sin
-    batch, length, width = qkv.shape
-    return qkv.new_empty(batch, length, width // cos.shape[-1] - 1, cos.shape[-1])
-
-
-@torch.library.impl("openpi_duquant::rotary", "CUDA")
-def _rotary_on_gpu(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415  triton is there where CUDA is
-
-    rotated = _rotary_fake(qkv, cos, sin)
-    with torch.cuda.device_of(qkv):
-        attention_triton.launch_rotary(rotated, qkv.contiguous(), cos.contiguous(), sin.contiguous())
-    return rotated
 
 
 @torch.library.register_fake("openpi_duquant::attend")

@@ -11,37 +11,6 @@ from openpi_duquant.kernels import pdl_triton
 from openpi_duquant.kernels.pdl_triton import begin
 
 
-def launch_rotary(rotated: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Fills rotated [B, S, H + 1, D] from qkv [B, S, (H + 2) D]; cos and sin [B, S, D], all contiguous."""
-    batch, length, heads, size = rotated.shape
-    _rotary[(batch * length,)](
-        rotated, qkv, cos, sin, HEADS=heads, PADDED=triton.next_power_of_2(heads), HALF=size // 2,
-        **pdl_triton.options(qkv), num_warps=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _rotary(
-    rotated_ptr, qkv_ptr, cos_ptr, sin_ptr, HEADS: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """All heads of one token."""
-    begin(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    head, lane = tl.arange(0, PADDED)[:, None], tl.arange(0, HALF)[None, :]
-    known = head < HEADS
-    at = head * (2 * HALF) + lane
-    x_ptr = qkv_ptr + token * (HEADS + 1) * 2 * HALF + at
-    first = tl.load(x_ptr, mask=known, other=0.0).to(tl.float32)
-    second = tl.load(x_ptr + HALF, mask=known, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + token * 2 * HALF + lane).to(tl.float32)
-    sin = tl.load(sin_ptr + token * 2 * HALF + lane).to(tl.float32)
-    dtype = rotated_ptr.dtype.element_ty
-    out_ptr = rotated_ptr + token * HEADS * 2 * HALF + at
-    tl.store(out_ptr, (first * cos - second * sin).to(dtype), mask=known)
-    tl.store(out_ptr + HALF, (second * cos + first * sin).to(dtype), mask=known)
-
-
 class Shape(NamedTuple):
     """How an attention is cut up.
 

@@ -125,7 +125,7 @@ class Backend:
         repack: From the canonical weight (see `packing`) to the one that `matmul` takes.
         canonical: Inverse of `repack`.
         fused: Whether the kernels of `transform` make its int8 input; else their definition does.
-        adds_residual: Whether `matmul` also takes `residual` [M, N] and `gate` [N], for residual + gate * y.
+        fuses_epilogue: Whether `matmul` also takes an `epilogue`, a `reference.Epilogue`; else that is applied to `y`.
     """
 
     matmul: Matmul
@@ -134,4 +134,4 @@ class Backend:
     repack: Callable[[Problem, Tensor], Tensor] = _as_it_is
     canonical: Callable[[Problem, Tensor], Tensor] = _as_it_is
     fused: bool = False
-    adds_residual: bool = False
+    fuses_epilogue: bool = False

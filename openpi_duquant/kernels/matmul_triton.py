@@ -1,4 +1,4 @@
-"""The kernel of `triton_matmul`: int8 x int4 or int8 -> int32 -> scales, output restore, bias, residual; one launch.
+"""The kernel of `triton_matmul`: int8 x int4 or int8 -> int32 -> scales, output restore, bias, epilogue; one launch.
 
 A byte of the repacked int4 weight holds channels k and k + K/2, so that its nibbles multiply contiguous activations.
 They are moved to the high half of a byte, which keeps their sign, and the sums are shifted back by 4.
@@ -13,6 +13,7 @@ from openpi_duquant.kernels import pdl_triton
 from openpi_duquant.kernels.blocks_triton import block_diagonal
 from openpi_duquant.kernels.pdl_triton import gdc_launch_dependents
 from openpi_duquant.kernels.pdl_triton import gdc_wait
+from openpi_duquant.kernels.rotary_triton import turn
 from openpi_duquant.kernels.tiles import Tile
 
 _LINE = tl.constexpr(128)  # bytes that memory gives at once
@@ -28,6 +29,8 @@ def launch(
     bias: Tensor | None,
     matrices: Tensor | None,
     hadamard: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
     residual: Tensor | None,
     gate: Tensor | None,
     tile: Tile,
@@ -39,11 +42,14 @@ def launch(
     block = hadamard if matrices is None else matrices.shape[-1]
     if block:  # the rotation of a tile's columns takes shared memory too
         tile = tile._replace(rows=min(tile.rows, 64), columns=64)
+    head = 0 if cos is None else cos.shape[-1]
+    if head:
+        tile = tile._replace(columns=min(tile.columns, head))
     _matmul[(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
-        a, act_scale, weight, weight_scale, bias, matrices, residual, gate, out, m, n, k,
+        a, act_scale, weight, weight_scale, bias, matrices, cos, sin, residual, gate, out, m, n, k,
         BM=tile.rows, BN=tile.columns, BK=tile.channels, GROUP=tile.group, K=weight.shape[1],
         INT4=weight.shape[1] < k, BIAS=bias is not None, HADAMARD=hadamard > 0, BLOCK=block,
-        GAIN=hadamard**-0.5 if hadamard else 1.0, RESIDUAL=residual is not None, GATE=gate is not None,
+        GAIN=hadamard**-0.5 if hadamard else 1.0, HEAD=head, RESIDUAL=residual is not None, GATE=gate is not None,
         EXACT=interpreted or out.dtype == torch.float32, INTERPRETED=interpreted,
         LINES=_lines(m, weight.shape[1], tile), **pdl_triton.options(a), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -83,12 +89,36 @@ def _signed(packed, HIGH: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def _pairs(start, BN: tl.constexpr, HEAD: tl.constexpr):
+    """Columns of the tile that begins at `start` where heads are turned: j and j + 1 hold channels i and i + HEAD / 2,
+    which turn together, so that a tile has as many of a head's first half as of its second."""
+    j = tl.arange(0, BN)
+    return start // HEAD * HEAD + start % HEAD // 2 + j // 2 + j % 2 * (HEAD // 2)
+
+
+@triton.jit
+def _turned(
+    y, cos_ptr, sin_ptr, m, known_m, start, N, BM: tl.constexpr, BN: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    """y [BM, BN] of the columns `_pairs`, turned; the last head as it is."""
+    first = start // HEAD * HEAD + start % HEAD // 2 + tl.arange(0, BN // 2)
+    at = m.to(tl.int64)[:, None] * HEAD + (first % HEAD)[None, :]
+    turns = known_m[:, None] & (first < N - HEAD)[None, :]
+    cos = tl.load(cos_ptr + at, mask=turns, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + at, mask=turns, other=0.0).to(tl.float32)
+    one, other = tl.split(tl.reshape(y, (BM, BN // 2, 2)))
+    one, other = turn(one, other, cos, sin)
+    return tl.reshape(tl.join(one, other), (BM, BN))
+
+
+@triton.jit
 def _matmul(
-    a_ptr, act_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, matrices_ptr, residual_ptr, gate_ptr, out_ptr,
-    M, N, a_stride,
+    a_ptr, act_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, matrices_ptr, cos_ptr, sin_ptr, residual_ptr,
+    gate_ptr, out_ptr, M, N, a_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, INT4: tl.constexpr,
-    BIAS: tl.constexpr, HADAMARD: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATE: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, HADAMARD: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr, HEAD: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile [BM, BN] a program; K counts the stored columns of the weight. Sums are [BN, BM]: weights come from
     registers, which the tensor cores take on the left."""
@@ -99,7 +129,8 @@ def _matmul(
     first = pid // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
     m = (first + pid % (GROUP * tiles_n) % height) * BM + tl.arange(0, BM)
-    n = pid % (GROUP * tiles_n) // height * BN + tl.arange(0, BN)
+    start_n = pid % (GROUP * tiles_n) // height * BN
+    n = _pairs(start_n, BN, HEAD) if HEAD > 0 else start_n + tl.arange(0, BN)
     k = tl.arange(0, BK)
     known_m, known_n = m < M, n < N
     a_tile = a_ptr + tl.where(known_m, m, 0).to(tl.int64)[None, :] * a_stride + k[:, None]
@@ -136,6 +167,8 @@ def _matmul(
         y = tl.dot(y, rotation, input_precision="ieee" if EXACT else "tf32x3") * GAIN
     if BIAS:
         y += tl.load(bias_ptr + n, mask=known_n, other=0.0).to(tl.float32)[None, :]
+    if HEAD > 0:
+        y = _turned(y, cos_ptr, sin_ptr, m, known_m, start_n, N, BM, BN, HEAD)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     inside = known_m[:, None] & known_n[None, :]
     if RESIDUAL:

@@ -10,6 +10,7 @@ from openpi_duquant import packing
 from openpi_duquant import quant
 from openpi_duquant import transforms
 from openpi_duquant.kernels.backend import Backend
+from openpi_duquant.kernels.rotary import rotary
 from openpi_duquant.profiling import span
 
 
@@ -62,6 +63,38 @@ class Prologue(NamedTuple):
 
 
 NO_PROLOGUE = Prologue()
+
+
+class Epilogue(NamedTuple):
+    """What is made of a layer's output y: residual + gate * rotary(y), without what is None.
+
+    Attributes:
+        rotary: Cosines and sines [..., D] that turn all heads of D channels but the last, see `rotary.rotary`.
+        residual: [..., N].
+        gate: [N].
+    """
+
+    rotary: tuple[Tensor, Tensor] | None = None
+    residual: Tensor | None = None
+    gate: Tensor | None = None
+
+    def by_token(self) -> "Epilogue":
+        """The same for an output [M, N]."""
+        rotary = self.rotary and (_by_token(self.rotary[0]), _by_token(self.rotary[1]))
+        return Epilogue(rotary, None if self.residual is None else _by_token(self.residual), self.gate)
+
+    def apply(self, y: Tensor) -> Tensor:
+        """y [..., N] -> [..., N], the same dtype."""
+        y = y if self.rotary is None else rotary(y, *self.rotary)
+        y = y if self.gate is None else y * self.gate.to(y.dtype)
+        return y if self.residual is None else self.residual + y
+
+
+def _by_token(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+NO_EPILOGUE = Epilogue()
 
 
 def fused_transform(

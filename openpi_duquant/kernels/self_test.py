@@ -12,6 +12,7 @@ from openpi_duquant import transforms
 from openpi_duquant.kernels import reference
 from openpi_duquant.kernels.backend import Backend
 from openpi_duquant.kernels.backend import Problem
+from openpi_duquant.kernels.reference import Epilogue
 from openpi_duquant.kernels.reference import Prologue
 from openpi_duquant.kernels.transform import fused_transform
 from openpi_duquant.kernels.transform import why_not_fused
@@ -104,18 +105,35 @@ def _matmul_fault(name: str, backend: Backend, problem: Problem, device: torch.d
 
 
 def _wrong_outputs(name: str, backend: Backend, problem: Problem, canonical: Tensor) -> str | None:
-    """The result in the host's type, scaled and restored, against the definition's on the CPU."""
+    """The result in the host's type, scaled, restored and through epilogues, against the definition's on the CPU."""
     random = torch.Generator().manual_seed(2)
-    codes = torch.randint(-127, 128, (_TOKENS[0], problem.in_features), generator=random, dtype=torch.int8)
-    act_scale = torch.rand(len(codes), 1, generator=random) / 1000 + 1e-4
+    weight = backend.repack(problem, canonical)
     after = torch.rand(problem.out_features, 1, generator=random) + 0.5, None, random_restore(problem)
-    expected = reference.matmul(codes, act_scale, canonical.cpu(), *after, torch.float32)
-    codes, act_scale, *after = _moved((codes, act_scale, *after), canonical.device)
-    actual = backend.matmul(codes, act_scale, backend.repack(problem, canonical), *after, problem.dtype).float().cpu()
-    error = ((actual - expected).norm() / expected.norm()).item()
-    if error < max(4 * torch.finfo(problem.dtype).eps, 1e-5):
-        return None
-    return _report(f"{name}'s matmul {problem} errs by {error:.2g} of its result", canonical)
+    for tokens in _TOKENS:
+        codes = torch.randint(-127, 128, (tokens, problem.in_features), generator=random, dtype=torch.int8)
+        given = codes, torch.rand(tokens, 1, generator=random) / 1000 + 1e-4
+        plain = reference.matmul(*given, canonical.cpu(), *after, torch.float32)
+        there = _moved((*given, weight, *after, problem.dtype), canonical.device)
+        for what, epilogue in _epilogues(plain, problem.dtype, random).items():
+            if what and not backend.fuses_epilogue:
+                continue
+            fused = {"epilogue": Epilogue(*_moved(epilogue, canonical.device))} if what else {}
+            expected = epilogue.apply(plain)
+            error = ((backend.matmul(*there, **fused).float().cpu() - expected).norm() / expected.norm()).item()
+            if not error < max(4 * torch.finfo(problem.dtype).eps, 1e-5):
+                return _report(f"{name}'s matmul {problem}{what} errs by {error:.2g} of its result", canonical)
+    return None
+
+
+def _epilogues(y: Tensor, dtype: torch.dtype, random: torch.Generator) -> dict[str, Epilogue]:
+    """No epilogue, and those that layers have, for a result [M, N] of three heads; operands as large as y."""
+    angle = torch.rand(len(y), y.shape[1] // (2 * _FEATURES), generator=random).repeat(1, 2) * 6
+    residual, gate = torch.randn(y.shape, generator=random) * y.std(), torch.randn(y.shape[1], generator=random)
+    return {
+        "": Epilogue(),
+        " with rotary embedding": Epilogue(rotary=(angle.cos().to(dtype), angle.sin().to(dtype))),
+        " with residual": Epilogue(residual=residual.to(dtype), gate=gate),
+    }
 
 
 def transform_fault(problem: Problem, device: torch.device) -> str | None:
@@ -178,7 +196,9 @@ def _rotation(kind: str, block: int, width: int, random: torch.Generator) -> tra
 
 
 def _moved(given: Iterable[object], device: torch.device) -> list[Any]:
-    return [part.to(device) if isinstance(part, Tensor) else part for part in given]
+    """Its tensors, also those in tuples, on that device; all else as it is."""
+    parts = (tuple(_moved(part, device)) if isinstance(part, tuple) else part for part in given)
+    return [part.to(device) if isinstance(part, Tensor) else part for part in parts]
 
 
 def in_one_line(error: Exception) -> str:

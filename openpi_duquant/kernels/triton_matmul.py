@@ -1,4 +1,4 @@
-"""The `triton` backend: this project's own W4A8 and W8A8 matmul, everything up to the residual in one launch."""
+"""The `triton` backend: this project's own W4A8 and W8A8 matmul, everything up to the epilogue in one launch."""
 
 from collections.abc import Iterable
 import importlib.util
@@ -15,6 +15,9 @@ from openpi_duquant.kernels.backend import Backend
 from openpi_duquant.kernels.backend import Problem
 from openpi_duquant.kernels.backend import architecture
 from openpi_duquant.kernels.backend import reasons_against
+from openpi_duquant.kernels.reference import NO_EPILOGUE
+from openpi_duquant.kernels.reference import Epilogue
+from openpi_duquant.kernels.rotary import is_power
 from openpi_duquant.profiling import span
 
 LARGEST_BLOCK = 64
@@ -73,25 +76,28 @@ def matmul(
     output_rotation: transforms.Rotation,
     dtype: torch.dtype,
     row_sum: Tensor | None = None,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
-    """As `backend.Matmul`, in one launch, and rounded once; the sums are not used.
+    """As `backend.Matmul`, then the epilogue, in one launch and rounded once; the sums are not used.
 
-    With a residual [M, N] the result is residual + gate * y, the gate [N] or, where there is none, ones.
+    Where an output rotation comes before a rotary embedding, or heads are of no power of two, the epilogue is applied
+    to the result.
     """
     del row_sum
     rotation = transforms.as_operands(output_rotation)
+    epilogue = epilogue.by_token()
+    fits = epilogue.rotary is None or (output_rotation is None and is_power(epilogue.rotary[0].shape[-1]))
+    turned, *added = epilogue if fits else NO_EPILOGUE
+    after = *(turned or (None, None)), *added, dtype
     with span("matmul", a):
-        return torch.ops.openpi_duquant.triton_matmul(
-            a, act_scale, weight, weight_scale, bias, *rotation, residual, gate, dtype
-        )
+        y = torch.ops.openpi_duquant.triton_matmul(a, act_scale, weight, weight_scale, bias, *rotation, *after)
+    return y if fits else epilogue.apply(y)
 
 
 torch.library.define(
     "openpi_duquant::triton_matmul",
     "(Tensor a, Tensor act_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? matrices, int hadamard, "
-    "Tensor? residual, Tensor? gate, ScalarType dtype) -> Tensor",
+    "Tensor? cos, Tensor? sin, Tensor? residual, Tensor? gate, ScalarType dtype) -> Tensor",
 )
 
 
@@ -114,4 +120,4 @@ def _on_gpu(a: Tensor, act_scale: Tensor, weight: Tensor, *operands: object) -> 
     return out
 
 
-BACKEND = Backend(matmul, can_run, load, repack, canonical, fused=True, adds_residual=True)
+BACKEND = Backend(matmul, can_run, load, repack, canonical, fused=True, fuses_epilogue=True)

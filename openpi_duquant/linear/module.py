@@ -13,7 +13,9 @@ from openpi_duquant import transforms
 from openpi_duquant.kernels import reference
 from openpi_duquant.kernels.backend import USUAL_TOKENS
 from openpi_duquant.kernels.backend import Workload
+from openpi_duquant.kernels.reference import NO_EPILOGUE
 from openpi_duquant.kernels.reference import NO_PROLOGUE
+from openpi_duquant.kernels.reference import Epilogue
 from openpi_duquant.kernels.reference import Prologue
 from openpi_duquant.kernels.transform import fused_transform
 from openpi_duquant.linear.spec import SHARED_TENSORS
@@ -163,24 +165,17 @@ class QuantLinear(nn.Module):
         with span("input_transform", x):
             return QuantizedInput(self.transform.apply(prologue.apply(x).float()))
 
-    def matmul(
-        self, quantized: QuantizedInput, like: Tensor, residual: Tensor | None = None, gate: Tensor | None = None
-    ) -> Tensor:
-        """The product with what `quantize_input(like)` returned: [..., N], the dtype of `like` [..., K].
-
-        With a residual [..., N] it is residual + y, or residual + gate * y with a gate [N].
-        """
+    def matmul(self, quantized: QuantizedInput, like: Tensor, epilogue: Epilogue = NO_EPILOGUE) -> Tensor:
+        """epilogue(quantized W^T + b): [..., N], tokens and dtype those of `like`, as of `quantize_input(like)`."""
         if self.running is None:
             self.prepare()
         backend = kernels.BACKENDS[self.running]
         a, act_scale, row_sum = quantized
-        added = {}
-        if residual is not None and backend.adds_residual:
-            added = {"residual": residual.reshape(len(a), self.out_features), "gate": gate}
+        given = {"epilogue": epilogue} if backend.fuses_epilogue else {}
         weight = self.weight_packed, self.weight_scale
-        y = backend.matmul(a, act_scale, *weight, self.bias, self.restore, like.dtype, row_sum, **added)
+        y = backend.matmul(a, act_scale, *weight, self.bias, self.restore, like.dtype, row_sum, **given)
         y = y.reshape(*like.shape[:-1], self.out_features)
-        return y if added else add_residual(y, residual, gate)
+        return y if given else epilogue.apply(y)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K], floating point -> [..., N], the same dtype."""
@@ -208,31 +203,20 @@ def name_layers(model: nn.Module) -> None:
             layer.matmul = in_layer(name, layer.matmul)
 
 
-def add_residual(y: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
-    """residual + gate * y; what is None is left out."""
-    y = y if gate is None else y * gate.to(y.dtype)
-    return y if residual is None else residual + y
-
-
 def apply_linear(
-    layer: nn.Module,
-    x: Tensor,
-    prologue: Prologue = NO_PROLOGUE,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
+    layer: nn.Module, x: Tensor, prologue: Prologue = NO_PROLOGUE, epilogue: Epilogue = NO_EPILOGUE
 ) -> Tensor:
-    """residual + gate * layer(prologue(x)), in as few launches as the layer's backend can; what is None is left out.
+    """epilogue(layer(prologue(x))), [..., N], in as few launches as the layer's backend can.
 
     Args:
         layer: nn.Linear or QuantLinear.
         x: [..., K], or [..., 2 K] for GeGLU, floating point.
         prologue: What is done to x first.
-        residual: [..., N].
-        gate: [N].
+        epilogue: What is done to the output last.
     """
     if isinstance(layer, QuantLinear):
-        return layer.matmul(layer.quantize_input(x, prologue), x, residual, gate)
-    return add_residual(layer(prologue.apply(x)), residual, gate)
+        return layer.matmul(layer.quantize_input(x, prologue), x, epilogue)
+    return epilogue.apply(layer(prologue.apply(x)))
 
 
 def shared_forward(layers: Sequence[nn.Module], x: Tensor, prologue: Prologue = NO_PROLOGUE) -> list[Tensor]:

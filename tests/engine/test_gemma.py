@@ -7,8 +7,8 @@ import torch
 
 from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.engine import gemma
-from openpi_duquant.kernels import attention
 from openpi_duquant.kernels.reference import Prologue
+from openpi_duquant.kernels.rotary import rotary
 
 SIZE = TransformerSize(width=16, depth=2, mlp_dim=24, num_heads=3, head_dim=8)
 
@@ -45,7 +45,7 @@ def test_rotary_turns_pairs_by_position() -> None:
     positions = torch.tensor([[0, 1, 7, 500]])
     x = torch.randn(1, 1, 4, 8)
     qkv = torch.cat((x[:, 0], torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)), dim=-1)
-    actual = attention.rotary(qkv, *gemma.rotary(positions, 8, torch.float32))[:, :, 0].unsqueeze(1)
+    actual = rotary(qkv, *gemma.rotary(positions, 8, torch.float32))[..., :8].unsqueeze(1)
     for place, position in enumerate(positions[0].tolist()):
         for pair in range(4):
             angle = position * 10_000 ** (-2 * pair / 8)

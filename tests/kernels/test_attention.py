@@ -1,4 +1,4 @@
-"""Rotary embedding and attention against a walk through the formula in fp64; without a GPU, in the interpreter."""
+"""Attention against a walk through the formula in fp64; without a GPU, in the interpreter."""
 
 import math
 
@@ -12,19 +12,6 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 TOLERANCE = 1e-2 if GPU else 1e-5
-
-
-def rotated_by_hand(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Channel by channel: pairs (i, i + D/2) turn together."""
-    size = cos.shape[-1]
-    heads = qkv.double().unflatten(-1, (-1, size))[:, :, :-1]
-    out = torch.empty_like(heads)
-    for i in range(size // 2):
-        j = i + size // 2
-        c, s = cos.double()[:, :, None], sin.double()[:, :, None]
-        out[..., i] = heads[..., i] * c[..., i] - heads[..., j] * s[..., i]
-        out[..., j] = heads[..., j] * c[..., j] + heads[..., i] * s[..., j]
-    return out
 
 
 def attended_by_hand(
@@ -50,33 +37,6 @@ def attended_by_hand(
 def random(*shape: int) -> Tensor:
     """Standard normal."""
     return torch.randn(*shape, device=DEVICE).to(DTYPE)
-
-
-def angles(batch: int, length: int, size: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of random angles, the same for both halves."""
-    angle = torch.rand(batch, length, size // 2, device=DEVICE).repeat(1, 1, 2) * 6
-    return angle.cos().to(DTYPE), angle.sin().to(DTYPE)
-
-
-@pytest.mark.parametrize("heads", [1, 8])
-def test_rotary_is_the_formula(heads: int) -> None:
-    torch.manual_seed(0)
-    qkv, (cos, sin) = random(2, 5, (heads + 2) * 16), angles(2, 5, 16)
-    expected = rotated_by_hand(qkv, cos, sin)
-    assert (attention.rotary(qkv, cos, sin).double() - expected).abs().max() < TOLERANCE * expected.abs().max()
-
-
-@pytest.mark.triton
-@pytest.mark.parametrize("heads", [1, 8])
-def test_the_rotary_kernel_is_the_formula(heads: int) -> None:
-    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
-
-    torch.manual_seed(0)
-    qkv, (cos, sin) = random(2, 5, (heads + 2) * 16), angles(2, 5, 16)
-    rotated = torch.full((2, 5, heads + 1, 16), torch.nan, device=DEVICE, dtype=DTYPE)
-    attention_triton.launch_rotary(rotated, qkv, cos, sin)
-    expected = rotated_by_hand(qkv, cos, sin)
-    assert (rotated.double() - expected).abs().max() < TOLERANCE * expected.abs().max()
 
 
 CASES = [

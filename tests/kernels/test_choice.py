@@ -26,7 +26,7 @@ from openpi_duquant.profiling import span
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 PROBLEM = Problem(64, 128, 4, 8, 1, "none", 0, torch.bfloat16, tokens=((10, 10), (968, 1)))
 WHERE = {"gpu": "pretended", "driver": "CUDA 13.0", "torch": "2.11", "triton": "3.6", "kernels": "abc"}
-TRITON, BITBLAS = Backend(lambda *_: None), Backend(lambda *_: None, adds_residual=True)
+TRITON, BITBLAS = Backend(lambda *_: None), Backend(lambda *_: None, fuses_epilogue=True)
 RIVALS = {"triton": TRITON, "bitblas": BITBLAS}
 
 

@@ -16,6 +16,8 @@ from openpi_duquant.kernels import Problem
 from openpi_duquant.kernels import reference
 from openpi_duquant.kernels import self_test
 from openpi_duquant.kernels import triton_matmul
+from openpi_duquant.kernels.reference import NO_EPILOGUE
+from openpi_duquant.kernels.reference import Epilogue
 from openpi_duquant.kernels.reference import Prologue
 from openpi_duquant.profiling import Profile
 from openpi_duquant.transforms import Transform
@@ -85,6 +87,17 @@ def ignoring(place: int, value: object) -> Backend:
 def test_scales_and_output_restore_are_tested(backend: Backend, kind: tuple[int, str, int]) -> None:
     with_unit_scales = dataclasses.replace(backend, matmul=_right_where_scales_are_one(backend))
     assert "errs by" in self_test.matmul_fault("mine", with_unit_scales, problem(*kind), DEVICE)
+
+
+@pytest.mark.parametrize("field", Epilogue._fields)
+@pytest.mark.parametrize("kind", KINDS)
+def test_epilogues_are_tested(kind: tuple[int, str, int], field: str) -> None:
+    def matmul(*given: object, epilogue: Epilogue = NO_EPILOGUE) -> Tensor:
+        return epilogue._replace(**{field: None}).apply(reference.matmul(*given))
+
+    what = "rotary embedding" if field == "rotary" else "residual"
+    fault = self_test.matmul_fault("mine", Backend(matmul, fuses_epilogue=True), problem(*kind), DEVICE)
+    assert f"with {what} errs by" in fault
 
 
 def _right_where_scales_are_one(backend: Backend) -> Callable[..., Tensor]:

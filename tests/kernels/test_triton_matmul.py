@@ -36,7 +36,7 @@ def run(a: Tensor, w: Tensor, bits: int, scales: tuple[Tensor, Tensor], dtype: t
 
     out = torch.full((len(a), len(w)), torch.nan, dtype=dtype, device=DEVICE)
     weight = triton_matmul.repack(problem(bits), packing.pack(w.to(torch.int8), bits))
-    options = dict.fromkeys(("bias", "matrices", "residual", "gate")) | {"hadamard": 0} | given
+    options = dict.fromkeys(("bias", "matrices", "cos", "sin", "residual", "gate")) | {"hadamard": 0} | given
     tile = SMALL if bits == 4 else INT8_SMALL
     matmul_triton.launch(out, a.to(torch.int8), scales[0], weight, scales[1], tile=tile, interpreted=not GPU, **options)
     return out
