@@ -10,6 +10,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+import triton.language as tl
 
 from openpi_duquant.kernels import attention_triton
 from openpi_duquant.kernels import matmul_triton
@@ -49,7 +50,11 @@ KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
             "STATE_FIRST": False, "EXACT": False,
         },
     ),
-    "combine": (attention_triton._combine, {"SPLITS": 4, "PADDED": 4, "D": 256}),
+    "combine": (attention_triton._combine, {"SPLITS": 4, "D": 256}),
+    "combine and round": (
+        attention_triton._combine_quantized,
+        {"SPLITS": 16, "HEADS": 8, "PADDED": 8, "D": 256, "DTYPE": tl.bfloat16},
+    ),
 }  # fmt: skip
 
 

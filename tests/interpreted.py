@@ -6,8 +6,13 @@ import contextlib
 import torch
 from torch import Tensor
 
+from openpi_duquant import transforms
+from openpi_duquant.kernels import attention
 from openpi_duquant.kernels import transform
+from openpi_duquant.kernels.reference import NO_PROLOGUE
+from openpi_duquant.kernels.reference import Prologue
 from openpi_duquant.kernels.tiles import Tile
+from openpi_duquant.transforms import Transform
 
 TILES = {torch.uint8: Tile(16, 32, 32, 2, 4, 2), torch.int8: Tile(16, 32, 64, 1, 4, 2)}
 
@@ -16,7 +21,7 @@ def _fused_transform(x: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tens
     from openpi_duquant.kernels import transform_triton  # noqa: PLC0415
 
     *tensors, geglu, norm = operands
-    outputs = transform._outputs(x, geglu=geglu)
+    outputs = transform._fake(x, *operands)
     transform_triton.launch(x, *tensors, outputs, geglu=geglu, norm=norm, float32=True)
     return outputs
 
@@ -56,10 +61,25 @@ def _attend(q: Tensor, *operands: object) -> Tensor:
     return out
 
 
+def _attend_quantized(q: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tensor]:
+    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
+
+    *tensors, state_first = operands
+    outputs, shape = attention._attend_quantized_fake(q), attention_triton.Shape(16, 16, 2, 4)
+    attention_triton.launch_attend_quantized(outputs, q, *tensors, state_first=state_first, exact=True, shape=shape)
+    return outputs
+
+
+def fused_transform(x: Tensor, given: Transform, prologue: Prologue = NO_PROLOGUE) -> tuple[Tensor, Tensor, Tensor]:
+    """`transform.fused_transform` by its kernel."""
+    tensors = prologue.scale, prologue.shift, given.permutation, *transforms.as_operands(given.rotation)
+    return torch.ops.openpi_duquant.fused_transform(x, *tensors, prologue.geglu, prologue.norm)
+
+
 @contextlib.contextmanager
 def operators() -> Iterator[None]:
     """Gives the operators their CPU versions."""
     with torch.library._scoped_library("openpi_duquant", "FRAGMENT") as library:
-        for run in (_fused_transform, _triton_matmul, _epilogue, _rotary, _attend):
+        for run in (_fused_transform, _triton_matmul, _epilogue, _rotary, _attend, _attend_quantized):
             library.impl(run.__name__.removeprefix("_"), run, "CPU")
         yield

@@ -14,6 +14,8 @@ from openpi_duquant.engine.placement import HostLinear
 from openpi_duquant.kernels import attention
 from openpi_duquant.kernels.reference import Epilogue
 from openpi_duquant.kernels.reference import Prologue
+from openpi_duquant.linear import QuantizedInput
+from openpi_duquant.linear import QuantLinear
 from openpi_duquant.linear import apply_linear
 from openpi_duquant.linear import merge_
 from openpi_duquant.linear import shared_forward
@@ -127,11 +129,12 @@ class Attention(nn.Module):
             [B, S, W], and the keys and values of x.
         """
         q, own = self.project(x, norm, *rotation)
-        if cached is None:
-            y = attention.attend(q, *own, visible)
-        else:
-            y = attention.attend(q, *cached, visible, own, state_first=state_first)
-        return apply_linear(self.o_proj, y, epilogue=Epilogue(residual=x, gate=gate)), own
+        seen = (*own, visible) if cached is None else (*cached, visible, own)
+        added = Epilogue(residual=x, gate=gate)
+        if isinstance(self.o_proj, QuantLinear) and self.o_proj.only_rounds:
+            y = attention.attend_quantized(q, *seen, state_first=state_first)
+            return self.o_proj.matmul(QuantizedInput(*y), x, added), own
+        return apply_linear(self.o_proj, attention.attend(q, *seen, state_first=state_first), epilogue=added), own
 
 
 class MLP(nn.Module):

@@ -1,10 +1,12 @@
-"""Attention of many query heads over one key/value head; on a GPU one launch, or two."""
+"""Attention of many query heads over one key/value head; on a GPU in one launch, or in two for few queries."""
 
 import torch
 from torch import Tensor
 import torch.nn.functional as F  # noqa: N812
 
+from openpi_duquant.kernels import transform
 from openpi_duquant.kernels.rotary import on_gpu
+from openpi_duquant.transforms import Transform
 
 
 def attend(
@@ -45,6 +47,29 @@ def attend(
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
+def attend_quantized(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    own: tuple[Tensor, Tensor] | None = None,
+    *,
+    state_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `fused_transform` without a transform makes of `attend`, token by token; arguments as there.
+
+    Where the keys are shared out on a GPU, the launch that puts the partial sums together also rounds.
+
+    Returns:
+        codes [B S, H D] int8, act_scale [B S, 1] fp32, row_sum [B S, 1] int32 (sums of the codes).
+    """
+    if on_gpu(q, q.shape[-1]):
+        own_k, own_v = own if own is not None else (None, None)
+        return torch.ops.openpi_duquant.attend_quantized(q, k, v, visible, own_k, own_v, state_first)
+    y = attend(q, k, v, visible, own, state_first=state_first)
+    return transform.fused_transform(y.flatten(0, 1), Transform(None, None, None))
+
+
 def _with_own(
     mask: Tensor | None, shape: tuple[int, int, int], device: torch.device, *, state_first: bool
 ) -> Tensor | None:
@@ -60,10 +85,9 @@ def _with_own(
     return torch.cat((mask, own.expand(batch, 1, -1, -1)), dim=3)
 
 
-torch.library.define(
-    "openpi_duquant::attend",
-    "(Tensor q, Tensor k, Tensor v, Tensor? visible, Tensor? own_k, Tensor? own_v, bool state_first) -> Tensor",
-)
+_OPERANDS = "(Tensor q, Tensor k, Tensor v, Tensor? visible, Tensor? own_k, Tensor? own_v, bool state_first)"
+torch.library.define("openpi_duquant::attend", f"{_OPERANDS} -> Tensor")
+torch.library.define("openpi_duquant::attend_quantized", f"{_OPERANDS} -> (Tensor, Tensor, Tensor)")
 
 
 @torch.library.register_fake("openpi_duquant::attend")
@@ -81,3 +105,21 @@ def _attend_on_gpu(q: Tensor, *operands: object) -> Tensor:
     with torch.cuda.device_of(q):
         attention_triton.launch_attend(out, q, *tensors, state_first=bool(state_first), exact=q.dtype == torch.float32)
     return out
+
+
+@torch.library.register_fake("openpi_duquant::attend_quantized")
+def _attend_quantized_fake(q: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tensor]:
+    del operands
+    batch, length, heads, size = q.shape
+    return transform.empty(q, batch * length, heads * size)
+
+
+@torch.library.impl("openpi_duquant::attend_quantized", "CUDA")
+def _attend_quantized_on_gpu(q: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tensor]:
+    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415  triton is there where CUDA is
+
+    *tensors, state_first = operands
+    outputs, exact = _attend_quantized_fake(q), q.dtype == torch.float32
+    with torch.cuda.device_of(q):
+        attention_triton.launch_attend_quantized(outputs, q, *tensors, state_first=bool(state_first), exact=exact)
+    return outputs

@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 
 from openpi_duquant.kernels import pdl_triton
+from openpi_duquant.kernels import transform_triton
 from openpi_duquant.kernels.pdl_triton import begin
+from openpi_duquant.kernels.transform_triton import quantize_rows
 
 
 class Shape(NamedTuple):
@@ -57,50 +59,136 @@ def launch_attend(
 ) -> None:
     """Fills out [B, S, H, D]; arguments as `attention.attend`. `exact` multiplies in fp32."""
     batch, length, heads, size = q.shape
-    if shape is None:
-        shared_memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
-        shape = shape_for(length * heads, k.shape[1], exact=exact, shared_memory=shared_memory)
-    own = k if own_k is None else own_k, v if own_v is None else own_v
-    tiles = triton.cdiv(length * heads, shape.rows)
-    parts, sums = out, out
-    if shape.splits > 1:  # partial sums, and under each its highest score and its total
-        sums = out.new_empty(batch, shape.splits, tiles * shape.rows, size, dtype=torch.float32)
-        parts = out.new_empty(batch, shape.splits, tiles * shape.rows, 2, dtype=torch.float32)
-    _attend[(tiles, shape.splits, batch)](
-        out, sums, parts, q, k, v, visible, *own, length, k.shape[1], 0 if own_k is None else own_k.shape[1],
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        own[0].stride(0), own[0].stride(1), own[1].stride(0), own[1].stride(1), size**-0.5 * 1.4426950408889634,
-        HEADS=heads, D=size, ROWS=shape.rows, KEYS=shape.keys, SPLITS=shape.splits, VISIBLE=visible is not None,
-        OWN=own_k is not None, STATE_FIRST=state_first, EXACT=exact, **pdl_triton.options(q),
-        num_warps=shape.warps, num_stages=2,
-    )  # fmt: skip
-    if shape.splits > 1:
+    shape = shape or _shape(q, k, exact=exact)
+    partial = _partial_sums(q, shape) if shape.splits > 1 else None
+    _launch(out, partial, q, k, v, visible, own_k, own_v, shape, state_first=state_first, exact=exact)
+    if partial is not None:
         _combine[(length * heads, batch)](
-            out, sums, parts, tiles * shape.rows, length * heads,
-            SPLITS=shape.splits, PADDED=triton.next_power_of_2(shape.splits), D=size,
+            out, *partial, partial.sums.shape[2], length * heads, SPLITS=shape.splits, D=size,
             **pdl_triton.options(q), num_warps=2,
         )  # fmt: skip
 
 
+def launch_attend_quantized(
+    outputs: tuple[Tensor, Tensor, Tensor],
+    q: Tensor,
+    *operands: Tensor | None,
+    state_first: bool,
+    exact: bool,
+    shape: Shape | None = None,
+) -> None:
+    """Fills codes [B S, H D], act_scale and row_sum [B S, 1]; arguments as `launch_attend`."""
+    (_, length, heads, size), tokens = q.shape, len(outputs[0])
+    shape = shape or _shape(q, operands[0], exact=exact)
+    if shape.splits == 1:
+        out = q.new_empty(q.shape)
+        launch_attend(out, q, *operands, state_first=state_first, exact=exact, shape=shape)
+        nothing = None, None, None, None, 0
+        transform_triton.launch(out.view(tokens, -1), *nothing, outputs, geglu=False, norm=False, float32=exact)
+        return
+    partial = _partial_sums(q, shape)
+    _launch(q, partial, q, *operands, shape, state_first=state_first, exact=exact)
+    _combine_quantized[(tokens,)](
+        *outputs, *partial, partial.sums.shape[2], length, SPLITS=shape.splits, HEADS=heads,
+        PADDED=triton.next_power_of_2(heads), D=size, DTYPE=getattr(tl, str(q.dtype).removeprefix("torch.")),
+        **pdl_triton.options(q), num_warps=8,
+    )  # fmt: skip
+
+
+def _shape(q: Tensor, k: Tensor, *, exact: bool) -> Shape:
+    shared_memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    return shape_for(q.shape[1] * q.shape[2], k.shape[1], exact=exact, shared_memory=shared_memory)
+
+
+class _Partial(NamedTuple):
+    """Sums [B, splits, rows, D] fp32 over parts of the keys; under each its highest score and its total, [..., 2]."""
+
+    sums: Tensor
+    totals: Tensor
+
+
+def _partial_sums(q: Tensor, shape: Shape) -> _Partial:
+    batch, length, heads, size = q.shape
+    rows = triton.cdiv(length * heads, shape.rows) * shape.rows
+    sums = q.new_empty(batch, shape.splits, rows, size, dtype=torch.float32)
+    return _Partial(sums, q.new_empty(batch, shape.splits, rows, 2, dtype=torch.float32))
+
+
+def _launch(
+    out: Tensor,
+    partial: _Partial | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    own_k: Tensor | None,
+    own_v: Tensor | None,
+    shape: Shape,
+    *,
+    state_first: bool,
+    exact: bool,
+) -> None:
+    """Fills the partial sums; without any, out."""
+    batch, length, heads, size = q.shape
+    own = k if own_k is None else own_k, v if own_v is None else own_v
+    _attend[(triton.cdiv(length * heads, shape.rows), shape.splits, batch)](
+        out, *(partial or (out, out)), q, k, v, visible, *own, length, k.shape[1],
+        0 if own_k is None else own_k.shape[1], q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
+        v.stride(1), own[0].stride(0), own[0].stride(1), own[1].stride(0), own[1].stride(1),
+        size**-0.5 * 1.4426950408889634,
+        HEADS=heads, D=size, ROWS=shape.rows, KEYS=shape.keys, SPLITS=shape.splits, VISIBLE=visible is not None,
+        OWN=own_k is not None, STATE_FIRST=state_first, EXACT=exact, **pdl_triton.options(q),
+        num_warps=shape.warps, num_stages=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _combined(sums_ptr, parts_ptr, row, known, padded_rows, SPLITS: tl.constexpr, D: tl.constexpr):
+    """Rows [R, D] fp32 from their partial sums (as FlashDecoding, Dao et al. 2023); `row` is where the first lie."""
+    lane = tl.arange(0, D)[None, :]
+    highest = tl.load(parts_ptr + 2 * row, mask=known, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        best = tl.load(parts_ptr + 2 * (row + split * padded_rows), mask=known, other=0.0)
+        highest = tl.maximum(highest, best)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.zeros_like(highest)
+    y = tl.zeros((row.shape[0], D), tl.float32)
+    for split in tl.static_range(SPLITS):
+        at = row + split * padded_rows
+        weight = tl.exp2(tl.load(parts_ptr + 2 * at, mask=known, other=0.0) - highest)
+        total += weight * tl.load(parts_ptr + 2 * at + 1, mask=known, other=0.0)
+        y += weight[:, None] * tl.load(sums_ptr + at[:, None] * D + lane, mask=known[:, None], other=0.0)
+    return y / tl.where(total > 0, total, 1.0)[:, None]
+
+
 @triton.jit
 def _combine(
-    out_ptr, sums_ptr, parts_ptr, padded_rows, rows, SPLITS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
-    PDL: tl.constexpr,
+    out_ptr, sums_ptr, parts_ptr, padded_rows, rows, SPLITS: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row from its partial sums (as FlashDecoding, Dao et al. 2023)."""
+    """One row from its partial sums."""
     begin(PDL)
-    row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    split, lane = tl.arange(0, PADDED), tl.arange(0, D)
-    known = split < SPLITS
-    at = (batch * SPLITS + split) * padded_rows + row
-    best = tl.load(parts_ptr + 2 * at, mask=known, other=float("-inf"))
-    total = tl.load(parts_ptr + 2 * at + 1, mask=known, other=0.0)
-    highest = tl.max(best, 0)
-    weight = tl.exp2(best - tl.where(highest == float("-inf"), 0.0, highest))
-    sums = tl.load(sums_ptr + at[:, None] * D + lane[None, :], mask=known[:, None], other=0.0)
-    total = tl.sum(total * weight, 0)
-    y = tl.sum(sums * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + (batch * rows + row) * D + lane, y.to(out_ptr.dtype.element_ty))
+    row, batch = tl.program_id(0) + tl.arange(0, 1), tl.program_id(1).to(tl.int64)
+    y = _combined(sums_ptr, parts_ptr, batch * SPLITS * padded_rows + row, row < rows, padded_rows, SPLITS, D)
+    at = (batch * rows + row)[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _combine_quantized(
+    codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, padded_rows, length, SPLITS: tl.constexpr,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """All heads of one token from their partial sums, rounded to DTYPE and then to int8."""
+    begin(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, PADDED)
+    row = token // length * SPLITS * padded_rows + token % length * HEADS + head
+    y = _combined(sums_ptr, parts_ptr, row, head < HEADS, padded_rows, SPLITS, D).to(DTYPE).to(tl.float32)
+    codes, act_scale = quantize_rows(tl.reshape(y, (1, PADDED * D)), 1.0)
+    k = tl.arange(0, PADDED * D)[None, :]
+    tl.store(codes_ptr + token * HEADS * D + k, codes, mask=k < HEADS * D)
+    tl.store(act_scale_ptr + token + tl.arange(0, 1), act_scale)
+    tl.store(row_sum_ptr + token + tl.arange(0, 1), tl.sum(codes.to(tl.int32), 1))
 
 
 @triton.jit

@@ -58,15 +58,15 @@ torch.library.define(
 )
 
 
-def _outputs(x: Tensor, *, geglu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    rows, width = len(x), x.shape[1] // 2 if geglu else x.shape[1]
+def empty(x: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [rows, width], act_scale and row_sum [rows, 1], where x is, to be filled."""
     codes, act_scale = x.new_empty(rows, width, dtype=torch.int8), x.new_empty(rows, 1, dtype=torch.float32)
     return codes, act_scale, x.new_empty(rows, 1, dtype=torch.int32)
 
 
 @torch.library.register_fake("openpi_duquant::fused_transform")
 def _fake(x: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(x, geglu=bool(operands[-2]))
+    return empty(x, len(x), x.shape[1] // 2 if operands[-2] else x.shape[1])
 
 
 @torch.library.impl("openpi_duquant::fused_transform", "CUDA")
@@ -74,7 +74,7 @@ def _on_gpu(x: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tensor]:
     from openpi_duquant.kernels import transform_triton  # noqa: PLC0415  triton is there where CUDA is
 
     *tensors, geglu, norm = operands
-    outputs = _outputs(x, geglu=geglu)
+    outputs = _fake(x, *operands)
     x = x if x.stride(-1) == 1 else x.contiguous()
     with torch.cuda.device_of(x):
         transform_triton.launch(x, *tensors, outputs, geglu=geglu, norm=norm, float32=x.dtype == torch.float32)

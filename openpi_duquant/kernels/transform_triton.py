@@ -113,6 +113,13 @@ def _round(y, per_scale):
 
 
 @triton.jit
+def quantize_rows(y, gain):
+    """Codes int8 and scales fp32 of rows of y * gain, y [R, W] fp32; NaN in a row is one in its scale."""
+    act_scale = _scale_of(tl.max(tl.abs(y), 1) * gain) + 0.0 * tl.sum(y, 1)  # a maximum does not see NaN, a sum does
+    return _round(y, (gain / act_scale)[:, None]), act_scale
+
+
+@triton.jit
 def _by_row(
     x_ptr, scale_ptr, shift_ptr, permutation_ptr, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, HADAMARD: tl.constexpr, BUTTERFLY: tl.constexpr,
@@ -143,8 +150,7 @@ def _by_row(
     else:
         hadamard = signs(tl.arange(0, B)[:, None], tl.arange(0, B)[None, :])
         y = tl.reshape(_rotate(tl.reshape(x, (ROWS * BLOCKS, B)), hadamard, FLOAT32), (ROWS, WIDTH))
-    act_scale = _scale_of(tl.max(tl.abs(y), 1) * gain) + 0.0 * tl.sum(y, 1)  # a maximum does not see NaN, a sum does
-    codes = _round(y, (gain / act_scale)[:, None])
+    codes, act_scale = quantize_rows(y, gain)
     tl.store(codes_ptr + row[:, None] * K + k, codes, mask=inside)
     tl.store(act_scale_ptr + row, act_scale, mask=row < M)
     tl.store(row_sum_ptr + row, tl.sum(codes.to(tl.int32), 1), mask=row < M)

@@ -1,6 +1,7 @@
 """Quantized linear layers: their description, the module, the choice of layers, and `quantize_`."""
 
 from openpi_duquant.linear.merge import merge_
+from openpi_duquant.linear.module import QuantizedInput
 from openpi_duquant.linear.module import QuantLinear
 from openpi_duquant.linear.module import apply_linear
 from openpi_duquant.linear.module import name_layers
@@ -15,6 +16,7 @@ from openpi_duquant.linear.spec import LayerSpec
 __all__ = [
     "LayerSpec",
     "QuantLinear",
+    "QuantizedInput",
     "apply_linear",
     "merge_",
     "name_layers",

@@ -154,6 +154,14 @@ class QuantLinear(nn.Module):
         """The rotation that restores the output."""
         return _rotation(self.spec.output_rotation, self.spec.output_rotation_block, self.output_rotation)
 
+    @property
+    def only_rounds(self) -> bool:
+        """Whether its input is rounded by a kernel and not transformed before: see `attention.attend_quantized`."""
+        if self.running is None:
+            self.prepare()
+        untransformed = all(part is None for part in self.transform)
+        return untransformed and self.spec.activation_bits == 8 and kernels.BACKENDS[self.running].fused
+
     def quantize_input(self, x: Tensor, prologue: Prologue = NO_PROLOGUE) -> QuantizedInput:
         """Prologue, transform and rounding of x [..., K], once for all layers that share it."""
         if self.running is None:

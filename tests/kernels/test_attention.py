@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from openpi_duquant.kernels import attention
+from openpi_duquant.kernels import reference
+from openpi_duquant.transforms import Transform
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -49,13 +51,16 @@ CASES = [
 ]
 
 
-def case(given: dict[str, bool], length: int, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, object]:
-    """Queries with room between them, keys, values, their mask, and own ones: a view of a larger tensor."""
-    q = random(2, length, 9, 16)[:, :, :8]
+def case(
+    given: dict[str, bool], length: int, keys: int, heads: int = 8, size: int = 16
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, object]:
+    """Queries, keys, values, their mask, and own ones; queries and own ones are views of one tensor."""
+    qkv = random(2, length, heads + 2, size)
     visible = torch.rand(2, keys, device=DEVICE) < 0.6
     visible[0], visible[1, 0] = True, True
-    own = (random(2, length, 9, 16)[:, :, 8], random(2, length, 16)) if given["own"] else None
-    return q, random(2, keys, 16), random(2, keys, 16), visible if given["visible"] else None, own
+    own = (qkv[:, :, -2], qkv[:, :, -1]) if given["own"] else None
+    q, k, v = qkv[:, :, :-2], random(2, keys, size), random(2, keys, size)
+    return q, k, v, visible if given["visible"] else None, own
 
 
 @pytest.mark.parametrize("given", CASES)
@@ -84,6 +89,94 @@ def test_the_attention_kernel_is_the_formula(given: dict[str, bool], length: int
     )  # fmt: skip
     expected = attended_by_hand(q, k, v, visible, own, state_first=state_first)
     assert (out.flatten(2).double() - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+def rounded_by_hand(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, before they are rounded, and scales of rows of the output type, in fp64."""
+    scale = y.double().abs().amax(1, keepdim=True) / 127
+    scale = torch.where(scale == 0, 1, scale)
+    return y.double() / scale, scale
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("given", CASES)
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize(("length", "keys", "heads", "size"), [(1, 1, 8, 16), (5, 70, 3, 16), (3, 13, 8, 32)])
+def test_the_quantizing_kernel_is_the_formula(
+    given: dict[str, bool], length: int, keys: int, heads: int, size: int, splits: int
+) -> None:
+    torch.manual_seed(3)
+    q, k, v, visible, own = case(given, length, keys, heads, size)
+    codes, act_scale, row_sum = quantized(q, k, v, visible, own, splits, state_first=given["state_first"])
+    y = attended_by_hand(q, k, v, visible, own, state_first=given["state_first"]).flatten(0, 1)
+    exact, scale = rounded_by_hand(y.to(DTYPE))
+    assert ((act_scale.double() - scale).abs() < TOLERANCE * scale).all()
+    assert (codes.double() - exact).abs().max() < 0.5 + 254 * TOLERANCE
+    assert torch.equal(codes.abs().amax(1), torch.full_like(codes[:, 0], 127))
+    assert torch.equal(row_sum, codes.sum(1, keepdim=True, dtype=torch.int32))
+
+
+def quantized(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, own: object, splits: int, *, state_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By the kernels, into poisoned outputs."""
+    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
+
+    outputs = tuple(part.fill_(-77) for part in attention._attend_quantized_fake(q))
+    attention_triton.launch_attend_quantized(
+        outputs, q, k, v, visible, *(own or (None, None)), state_first=state_first, exact=not GPU,
+        shape=attention_triton.Shape(16, 16, splits, 4),
+    )  # fmt: skip
+    return outputs
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("splits", [1, 2])
+def test_the_quantizing_kernel_rounds_what_attention_gives(splits: int) -> None:
+    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
+
+    torch.manual_seed(4)
+    dtype = DTYPE if GPU else torch.float16
+    q, k, v, visible, own = case({"own": True, "visible": True, "state_first": False}, 3, 37)
+    q, k, v, own = q.to(dtype), k.to(dtype), v.to(dtype), tuple(part.to(dtype) for part in own)
+    out, shape = q.new_empty(q.shape), attention_triton.Shape(16, 16, splits, 4)
+    attention_triton.launch_attend(out, q, k, v, visible, *own, state_first=False, exact=not GPU, shape=shape)
+    expected = reference.fused_transform(out.flatten(0, 1).flatten(1).cpu(), Transform(None, None, None))
+    for part, wanted in zip(quantized(q, k, v, visible, own, splits, state_first=False), expected, strict=True):
+        assert torch.equal(part.cpu(), wanted)
+
+
+@pytest.mark.triton
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's
+@pytest.mark.parametrize("splits", [1, 2])
+def test_not_a_number_is_seen_in_its_token_alone_and_zeros_are_zeros(splits: int) -> None:
+    q, k, v = random(2, 3, 8, 16), random(2, 37, 16), random(2, 37, 16)
+    q[0, 1, 2, 3], v[1] = torch.nan, 0
+    codes, act_scale, row_sum = quantized(q, k, v, None, None, splits, state_first=False)
+    assert act_scale[:3].isnan().flatten().tolist() == [False, True, False]
+    assert (act_scale[3:] == 1).all()
+    assert not codes[3:].any()
+    assert not row_sum[3:].any()
+
+
+@pytest.mark.triton
+def test_parts_of_the_keys_with_very_unequal_scores_are_put_together() -> None:
+    torch.manual_seed(5)
+    q, k, v = random(1, 3, 8, 16), random(1, 64, 16), random(1, 64, 16)
+    k[:, :16] *= 1000
+    y = attended_by_hand(q, k, v, None, None, state_first=False).flatten(0, 1)
+    codes, act_scale, _ = quantized(q, k, v, None, None, 4, state_first=False)
+    assert (codes * act_scale.double() - y).abs().max() < 2 * act_scale.max()
+
+
+def test_without_a_gpu_quantized_attention_is_its_definition() -> None:
+    q, k, v, visible, own = case({"own": True, "visible": True, "state_first": True}, 3, 13)
+    expected = attention.attend(q, k, v, visible, own, state_first=True).flatten(0, 1)
+    codes, act_scale, row_sum = attention.attend_quantized(q, k, v, visible, own, state_first=True)
+    exact, scale = rounded_by_hand(expected)
+    assert (codes.double() - exact).abs().max() < 0.5 + 254 * TOLERANCE
+    assert ((act_scale.double() - scale).abs() < TOLERANCE * scale).all()
+    assert torch.equal(row_sum, codes.sum(1, keepdim=True, dtype=torch.int32))
 
 
 @pytest.mark.triton

@@ -82,3 +82,4 @@ def test_attention() -> None:
     visible, own = torch.rand(2, 13, device=DEVICE) < 0.6, (random(2, 3, 16), random(2, 3, 16))
     for rest in ((None, None, None, False), (visible, None, None, False), (visible, *own, True)):
         torch.library.opcheck(OPERATORS.attend.default, (q, k, v, *rest))
+        torch.library.opcheck(OPERATORS.attend_quantized.default, (q, k, v, *rest))

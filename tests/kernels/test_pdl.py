@@ -13,7 +13,17 @@ import torch
 import openpi_duquant
 
 pytestmark = pytest.mark.triton
-KERNELS = ("row", "block", "matmul, few", "matmul, many", "matmul, rotary", "rotary", "attend", "combine")
+KERNELS = (
+    "row",
+    "block",
+    "matmul, few",
+    "matmul, many",
+    "matmul, rotary",
+    "rotary",
+    "attend",
+    "combine",
+    "combine and round",
+)
 MEMORY = re.compile(r"\b(ld|st|red|atom)\.(\w+\.)*global|\bcp\.|\bld\.const|\bmultimem")
 JUMP = re.compile(r"\b(bra|ret|exit|brx)\b")
 

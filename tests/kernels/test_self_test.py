@@ -143,19 +143,11 @@ def test_a_faulty_triton_stops_where_it_is_named_and_auto_goes_on(wrong: int, mo
     assert kernels.resolve("auto", problem(), DEVICE) == "reference"
 
 
-def interpreted_transform(x: Tensor, given: Transform, prologue: Prologue) -> Quantized:
-    """The kernel, also on a CPU."""
-    rotation = given.rotation
-    hadamard, matrices = (rotation, None) if isinstance(rotation, int) else (0, rotation)
-    tensors = prologue.scale, prologue.shift, given.permutation, matrices
-    return torch.ops.openpi_duquant.fused_transform(x, *tensors, hadamard, prologue.geglu, prologue.norm)
-
-
 @pytest.mark.triton
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # the interpreter's, of gates far below zero
 @pytest.mark.parametrize(("kind", "block"), INPUTS)
 def test_a_right_transform_passes(kind: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_test, "fused_transform", interpreted_transform)
+    monkeypatch.setattr(self_test, "fused_transform", interpreted.fused_transform)
     given = dataclasses.replace(problem(), input_rotation=kind, input_block=block)
     assert self_test.transform_fault(given, DEVICE) is None
 

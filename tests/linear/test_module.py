@@ -185,6 +185,17 @@ def test_the_backend_named_runs_or_is_refused(monkeypatch: pytest.MonkeyPatch) -
         QuantLinear(PLAIN, backend="cutlass")
 
 
+@every_spec
+def test_a_layer_only_rounds_if_it_neither_permutes_nor_rotates(
+    spec: LayerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not filled(spec, "reference").only_rounds  # by its definition, not by a kernel
+    fused = dataclasses.replace(kernels.BACKENDS["reference"], fused=True)
+    monkeypatch.setitem(kernels.BACKENDS, "reference", fused)
+    untouched = (spec.permute, spec.pre_rotation, spec.rotation) == (False, False, "none")
+    assert filled(spec, "reference").only_rounds == (untouched and spec.activation_bits == 8)
+
+
 def test_shared_forward_equals_calls_and_quantizes_once_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     first = filled(SPECS["default"])
     second = filled(dataclasses.replace(first.spec, weight_bits=8))

@@ -1,0 +1,80 @@
+"""Decoder layers on the `triton` backend; without a GPU its kernels run in Triton's interpreter."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import pathlib
+
+import interpreted
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_duquant import kernels
+from openpi_duquant.accuracy import relative_error
+from openpi_duquant.engine import Policy
+from openpi_duquant.engine import load_policy
+from openpi_duquant.kernels import attention
+from openpi_duquant.kernels import rotary
+from openpi_duquant.linear import module
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+PREFIX, HORIZON = 131 if GPU else 21, 3  # tokens; so many keys are shared out, in the interpreter any number
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2"),  # the interpreter's, of gates far below zero
+]
+
+
+@pytest.fixture(autouse=True)
+def somewhere_to_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not GPU:
+        anywhere = {"can_run": kernels.BACKENDS["reference"].can_run, "load": kernels.BACKENDS["reference"].load}
+        monkeypatch.setitem(kernels.BACKENDS, "triton", dataclasses.replace(kernels.BACKENDS["triton"], **anywhere))
+        monkeypatch.setattr(module, "fused_transform", interpreted.fused_transform)
+        for part in (attention, rotary):
+            monkeypatch.setattr(part, "on_gpu", lambda _, head_dim: rotary.is_power(head_dim))
+    with contextlib.nullcontext() if GPU else interpreted.operators():
+        yield
+
+
+def run(policy: Policy, step: Callable[[], object] = lambda: None) -> list[Tensor]:
+    """The language model's keys and values, and what the expert makes of them in a denoising step."""
+    random = torch.Generator().manual_seed(0)
+    sizes = policy.architecture.language, policy.architecture.expert
+    prefix, x = (
+        torch.randn(2, tokens, size.width, generator=random).to(DEVICE)
+        for tokens, size in zip((PREFIX, HORIZON), sizes, strict=True)
+    )
+    modulations = torch.randn(2 * sizes[1].depth + 1, 3 * sizes[1].width, generator=random).to(DEVICE) / 4
+    visible = torch.ones(2, PREFIX, dtype=torch.bool, device=DEVICE)
+    visible[1, -4:] = False
+    with torch.no_grad():
+        caches = policy.language_model(prefix, visible.cumsum(1) - 1, visible)
+        step()
+        positions = visible.sum(1, keepdim=True) + torch.arange(HORIZON, device=DEVICE)
+        y = policy.expert(x, positions, visible, caches, modulations, state_first=False)
+    return [part for cache in caches for part in cache] + [y]
+
+
+@pytest.mark.parametrize(("preset", "launches"), [("default", 9), ("simple", 9), ("optimized", 10)])
+def test_layers_are_their_definition_in_few_launches(
+    converted: Callable[[str], pathlib.Path], preset: str, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from openpi_duquant.kernels import pdl_triton  # noqa: PLC0415
+
+    policies = {
+        name: load_policy(converted(preset), backend=name, dtype=torch.float32, device=DEVICE)
+        for name in ("triton", "reference")
+    }
+    calls: list[Tensor] = []
+    options = pdl_triton.options  # every launch asks for them
+    monkeypatch.setattr(pdl_triton, "options", lambda x: calls.append(x) or options(x))
+    actual = run(policies["triton"], step=calls.clear)
+    assert len(calls) == launches * policies["triton"].architecture.expert.depth
+    calls.clear()
+    expected = run(policies["reference"])
+    for part, wanted in zip(actual, expected, strict=True):
+        assert relative_error(part.cpu(), wanted.cpu()) < 1e-2
