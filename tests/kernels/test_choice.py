@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from openpi_duquant import config
 from openpi_duquant import kernels
 from openpi_duquant import packing
+from openpi_duquant.environment import cache_folder
 from openpi_duquant.kernels import Backend
 from openpi_duquant.kernels import Problem
 from openpi_duquant.kernels import choice
@@ -67,7 +67,7 @@ def fastest(problem: Problem = PROBLEM) -> str:
 
 
 def files() -> list[pathlib.Path]:
-    return sorted((config.cache_folder() / "auto").glob("*"))
+    return sorted((cache_folder() / "auto").glob("*"))
 
 
 def test_the_sum_over_a_call_counts(stopwatch: Stopwatch) -> None:
