@@ -18,6 +18,7 @@ from openpi_duquant.commands.doctor import doctor
 from openpi_duquant.commands.evaluate_libero import evaluate_libero
 from openpi_duquant.commands.inspect_checkpoint import inspect_checkpoint
 from openpi_duquant.commands.make_checkpoint import make_checkpoint
+from openpi_duquant.commands.record_observations import record_observations
 from openpi_duquant.commands.serve_policy import serve_policy
 from openpi_duquant.commands.tune_tiles import tune_tiles
 from openpi_duquant.config import DuQuantError
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "make-checkpoint": make_checkpoint,
     "serve-policy": serve_policy,
     "evaluate-libero": evaluate_libero,
+    "record-observations": record_observations,
     "demo": demo,
     "doctor": doctor,
     "build-kernels": build_kernels,

@@ -1,6 +1,8 @@
 """openpi-duquant evaluate-libero, which is also examples/libero/main.py."""
 
 from collections.abc import Mapping
+import contextlib
+import functools
 from typing import Any
 
 import tyro
@@ -9,6 +11,7 @@ from openpi_duquant.commands.console import console
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.libero.evaluation import Arguments
 from openpi_duquant.libero.evaluation import Evaluation
+from openpi_duquant.libero.evaluation import build_runner
 from openpi_duquant.libero.evaluation import check
 from openpi_duquant.libero.results import interval
 from openpi_duquant.libero.results import number
@@ -27,7 +30,10 @@ def evaluate_libero(arguments: tyro.conf.OmitArgPrefixes[Arguments] = Arguments(
     lines, stand_ins = check(arguments)
     for line in lines:
         console.print(line)
-    with Evaluation(arguments, stand_ins=stand_ins) as evaluation:
+    with contextlib.ExitStack() as stack:
+        recorder = stack.enter_context(arguments.recorder())
+        build = functools.partial(build_runner, arguments, recorder=recorder)
+        evaluation = stack.enter_context(Evaluation(arguments, stand_ins=stand_ins, build=build))
         total, left = len(evaluation.episodes), len(evaluation.waiting())
         if arguments.resume:
             console.print(f"resumed: {total - left} of {total} episodes are finished")

@@ -1,0 +1,100 @@
+"""Recordings of openpi's policies, in Python and in LIBERO; test_serving has those of a server."""
+
+import pathlib
+import types
+from typing import Any
+
+from libero_fake import FakeSimulator
+import numpy as np
+import pytest
+import torch
+
+from openpi_duquant import load_policy
+from openpi_duquant.libero import evaluation
+from openpi_duquant.libero.episode import Episode
+from openpi_duquant.libero.episode import Settings
+from openpi_duquant.libero.policies import load_in_process
+from openpi_duquant.recorder import Recorder
+from openpi_duquant.recording import Example
+from openpi_duquant.recording import load_recording
+
+pytestmark = pytest.mark.openpi
+
+
+def replayed(checkpoint: pathlib.Path, example: Example) -> np.ndarray:
+    """Our engine's actions, in the model's units."""
+    return load_policy(checkpoint).sample_actions(example.observation, example.noise)[0].numpy()
+
+
+def actions_in_model_units(policy: Any, observation: dict[str, Any], noise: np.ndarray) -> np.ndarray:
+    """What openpi's Policy makes of an observation, but for its output transforms."""
+    policy._output_transform = lambda outputs: outputs
+    return policy.infer(observation, noise=noise)["actions"]
+
+
+@pytest.mark.parametrize("model", ["pi05", "pi0"])
+@pytest.mark.parametrize("runtime", ["engine", "module", "floating point"])
+def test_what_is_recorded_makes_the_engine_do_what_the_policy_did(
+    stock: Any, hosts: Any, example: Any, tmp_path: pathlib.Path, model: str, runtime: str
+) -> None:
+    quantized = runtime != "floating point"
+    folder = (hosts.converted if quantized else hosts.original) / model
+    if quantized:
+        policy = stock(f"{model}_libero_duquant", folder, runtime=runtime)
+    else:
+        policy, _ = load_in_process(folder, f"{model}_libero")
+    noise = np.random.default_rng(0).standard_normal((policy._model.config.action_horizon, 32), np.float32)
+    with Recorder(tmp_path / "r") as recorder:
+        recorder.watch(policy)
+        expected = [actions_in_model_units(policy, example("libero", seed), noise) for seed in (1, 2)]
+    recording = load_recording(tmp_path / "r")
+    assert recording.info["images"] == {"base_0_rgb": [224, 224], "left_wrist_0_rgb": [224, 224]}
+    for actions, recorded in zip(expected, recording.examples, strict=True):
+        assert np.array_equal(recorded.noise[0].numpy(), noise)
+        assert all(image.dtype == torch.uint8 for image in recorded.observation.images.values())
+        error = np.linalg.norm(replayed(folder, recorded) - actions) / np.linalg.norm(actions)
+        assert error < (1e-6 if runtime == "engine" else 0.05)
+
+
+def test_a_recorded_policy_draws_the_same_noise(stock: Any, hosts: Any, example: Any, tmp_path: pathlib.Path) -> None:
+    policy = stock("pi05_libero_duquant", hosts.converted / "pi05")
+    torch.manual_seed(3)
+    expected = policy.infer(example("libero"))["actions"]
+    torch.manual_seed(3)
+    with Recorder(tmp_path / "r") as recorder:
+        recorder.watch(policy)
+        np.testing.assert_array_equal(policy.infer(example("libero"))["actions"], expected)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_an_evaluation_in_libero_is_recorded(
+    hosts: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulator = FakeSimulator()
+    simulator.assets = tmp_path
+    monkeypatch.setattr(evaluation, "LiberoSimulator", lambda *_: simulator)
+    arguments = evaluation.Arguments(
+        checkpoint=hosts.original / "pi05",
+        policy_config="pi05_libero",
+        settings=Settings(resize_size=8, max_steps=11, num_steps_wait=1),
+        results_dir=tmp_path / "results",
+        videos=False,
+        record=tmp_path / "r",
+    )
+    with arguments.recorder() as recorder:
+        record = evaluation.build_runner(arguments, 0, recorder)(Episode("libero_object", 0, 0, 7))
+    assert record.error is None
+    recording = load_recording(tmp_path / "r")
+    assert len(recording.examples) == len(record.call_seconds) > 1
+    told = {"source": "libero_spatial", "config": "pi05_libero", "checkpoint": "pi05"}
+    assert {name: recording.info[name] for name in told} == told
+
+
+def test_the_warm_up_is_not_recorded(plugin: types.ModuleType, hosts: Any, tmp_path: pathlib.Path) -> None:
+    from openpi_duquant.commands.serve_policy import warm_up
+
+    policy = plugin.create_trained_policy(plugin.get_config("pi05_libero_duquant"), hosts.converted / "pi05")
+    with Recorder(tmp_path / "r") as recorder:
+        recorder.watch(policy)
+        warm_up(policy)
+    assert not (tmp_path / "r").exists()
