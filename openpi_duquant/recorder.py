@@ -66,6 +66,7 @@ class Recorder:
 
         def recorded(place: Any, observation: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             actions = sample_actions(place, observation, *args, **kwargs)
+            self._info["num_steps"] = kwargs.get("num_steps", 10)
             self.see(observation, actions.shape[1:], kwargs.get("noise"))
             return actions
 

@@ -73,13 +73,13 @@ def test_calls_are_answered_as_before_and_kept_in_order(tmp_path: pathlib.Path) 
         recorder.watch(policy)
         assert policy.infer(numbered(0), num_steps=3, noise=noise)[0, 0, 0] == 3
         policy.infer(numbered(1))
-        policy.infer(numbered(2))
+        policy.infer(numbered(2), num_steps=4)
     found = load_recording(tmp_path / "r")
     assert numbers(tmp_path / "r") == [0, 1, 2]
     assert torch.equal(found.examples[0].noise, noise)
     assert not torch.equal(found.examples[1].noise, found.examples[2].noise)
-    assert {name: found.info[name] for name in ("config", "seed", "seen", "count")} == {
-        "config": "pi05_libero", "seed": 0, "seen": 3, "count": 3,
+    assert {name: found.info[name] for name in ("config", "num_steps", "seed", "seen", "count")} == {
+        "config": "pi05_libero", "num_steps": 4, "seed": 0, "seen": 3, "count": 3,
     }  # fmt: skip
 
 
