@@ -47,7 +47,7 @@ def round_to_nearest(weight: Tensor, x: Tensor) -> Fitted:
 
 
 def clipped(weight: Tensor, x: Tensor) -> Fitted:
-    """RTN with scales searched for the least squared error (OMSE, Choukroun et al. 2019, arXiv:1902.06822)."""
+    """The preset `simple`: RTN with scales of least squared error (OMSE, Choukroun et al. 2019, arXiv:1902.06822)."""
     del x
     return Fitted(lambda x: x, _nearest(weight))
 
@@ -111,7 +111,7 @@ def _nearest(weight: Tensor, search: str = "mse") -> Tensor:
 
 PUBLISHED: dict[str, Method] = {
     "rtn": round_to_nearest,
-    "rtn, clipped": clipped,
+    "simple": clipped,
     "hadamard": hadamard,
     "quarot-style": quarot,
     "duquant, as released": released_duquant,

@@ -118,3 +118,8 @@ class Transform(NamedTuple):
     def dual(self) -> "Transform":
         """The transform for the other side of the product: x W^T = apply(x) dual().apply(W)^T."""
         return Transform(dual(self.pre_rotation), self.permutation, dual(self.rotation))
+
+    def inverse(self) -> "Transform":
+        """The transform that undoes this one."""
+        back = None if self.permutation is None else self.permutation.argsort()
+        return Transform(inverse(self.rotation), back, inverse(self.pre_rotation))

@@ -13,8 +13,8 @@ PACKAGE = pathlib.Path(openpi_duquant.__file__).parent
 PARTS = (
     "config", "environment", "installation", "report", "profiling", "progress", "architecture", "packing", "transforms",
     "quant", "gptq", "fitting", "published", "kernels", "linear", "accuracy", "folds", "checkpoint", "engine",
-    "recording", "calibration", "conversion", "recorder", "synthetic", "plugin", "import_hook", "run", "libero",
-    "commands", "__main__",
+    "recording", "calibration", "conversion", "recorder", "synthetic", "fidelity", "plugin", "import_hook", "run",
+    "libero", "commands", "__main__",
 )  # fmt: skip
 
 

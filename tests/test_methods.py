@@ -21,7 +21,6 @@ from openpi_duquant.published import PUBLISHED
 DEFAULT = DuQuantConfig(include=r"_proj$")
 PLAIN = dataclasses.replace(DEFAULT, permute=False, rotation="none")
 OURS: dict[str, tuple[DuQuantConfig, bool]] = {
-    "simple": (PLAIN, False),
     "duquant, by weights": (dataclasses.replace(DEFAULT, rotation="duquant"), False),
     "default": (DEFAULT, False),
     "gptq, not rotated": (PLAIN, True),

@@ -7,6 +7,7 @@ import sys
 
 import tyro
 
+from openpi_duquant.commands.accuracy_report import accuracy_report
 from openpi_duquant.commands.bench_convert import bench_convert
 from openpi_duquant.commands.bench_linear import bench_linear
 from openpi_duquant.commands.bench_policy import bench_policy
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve-policy": serve_policy,
     "evaluate-libero": evaluate_libero,
     "record-observations": record_observations,
+    "accuracy-report": accuracy_report,
     "demo": demo,
     "doctor": doctor,
     "build-kernels": build_kernels,
