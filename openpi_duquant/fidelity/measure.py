@@ -164,9 +164,17 @@ def split(examples: Sequence[Example], settings: Settings) -> tuple[list[Example
 
 
 def labels(folders: Sequence[pathlib.Path]) -> list[str]:
-    """Names of folders, all different: whole paths where the last parts are not."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    """Names of folders, with as many of the folders above them as tell them apart.
+
+    Raises:
+        DuQuantError: If one is given twice.
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise DuQuantError("a converted checkpoint is given twice")
 
 
 def _run_original(

@@ -1,6 +1,8 @@
 """Recordings of openpi's policies, in Python and in LIBERO; test_serving has those of a server."""
 
+import importlib
 import pathlib
+import sys
 import types
 from typing import Any
 
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from openpi_duquant import commands
 from openpi_duquant import load_policy
+from openpi_duquant.fidelity.actions import load_units
 from openpi_duquant.libero import evaluation
 from openpi_duquant.libero.episode import Episode
 from openpi_duquant.libero.episode import Settings
@@ -98,3 +102,37 @@ def test_the_warm_up_is_not_recorded(plugin: types.ModuleType, hosts: Any, tmp_p
         recorder.watch(policy)
         warm_up(policy)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.usefixtures("plugin")
+def test_the_command_runs_libero_and_keeps_nothing_else(
+    hosts: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulator = FakeSimulator()
+    simulator.assets = tmp_path
+    monkeypatch.setattr(evaluation, "LiberoSimulator", lambda *_: simulator)
+    module = importlib.import_module("openpi_duquant.commands.evaluate_libero")  # the package has its function there
+    monkeypatch.setattr(module, "check", lambda _: ([], False))
+    given = "--checkpoint", hosts.original / "pi05", "--tasks", 1, "--limit", 3
+    monkeypatch.setattr(
+        sys, "argv", ["openpi-duquant", "record-observations", "libero", str(tmp_path / "r"), *map(str, given)]
+    )
+    commands.main()
+    recording = load_recording(tmp_path / "r")
+    assert (recording.info["count"], recording.info["num_steps"]) == (3, 10)
+    assert recording.info["seen"] > 3
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+def test_units_are_those_of_openpis_unnormalize(hosts: Any, pi05: bool) -> None:  # noqa: FBT001
+    from openpi import transforms
+    from openpi.training import checkpoints
+
+    actions = np.random.default_rng(0).standard_normal((10, 32))
+    stats = checkpoints.load_norm_stats(hosts.original / "pi05" / "assets", "droid")
+    expected = transforms.Unnormalize({"actions": stats["actions"]}, use_quantiles=pi05)({"actions": actions})[
+        "actions"
+    ]
+    units = load_units(hosts.original / "pi05", pi05=pi05, action_dim=32, asset="droid")
+    np.testing.assert_allclose(units.apply(torch.tensor(actions)).numpy(), expected[:, :8], rtol=1e-12)
