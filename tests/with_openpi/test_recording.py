@@ -5,6 +5,7 @@ import pathlib
 import sys
 import types
 from typing import Any
+from unittest import mock
 
 from libero_fake import FakeSimulator
 import numpy as np
@@ -68,6 +69,28 @@ def test_a_recorded_policy_draws_the_same_noise(stock: Any, hosts: Any, example:
     with Recorder(tmp_path / "r") as recorder:
         recorder.watch(policy)
         np.testing.assert_array_equal(policy.infer(example("libero"))["actions"], expected)
+
+
+def test_a_policy_of_jax_is_recorded_too(tmp_path: pathlib.Path) -> None:
+    import jax
+    from openpi.models.pi0_config import Pi0Config
+    from openpi.policies.policy import Policy
+
+    def sample_actions(rng: Any, observation: Any, **_: Any) -> Any:
+        return jax.random.normal(rng, (*observation.state.shape[:1], 10, 32))
+
+    model = types.SimpleNamespace(sample_actions=sample_actions)
+    fake = Pi0Config(action_horizon=10).fake_obs(1)
+    inputs = jax.tree.map(lambda x: np.asarray(x)[0], {name: x for name, x in fake.to_dict().items() if x is not None})
+    with mock.patch("openpi.shared.nnx_utils.module_jit", lambda function: function):
+        policy = Policy(model)
+    with Recorder(tmp_path / "r") as recorder:
+        recorder.watch(policy)
+        policy.infer(inputs)
+    (recorded,) = load_recording(tmp_path / "r").examples
+    assert recorded.noise.shape == (1, 10, 32)
+    assert recorded.observation.images["base_0_rgb"].shape == (1, 224, 224, 3)
+    assert recorded.observation.state.shape == (1, 32)
 
 
 @pytest.mark.usefixtures("plugin")
