@@ -1,5 +1,6 @@
 """openpi-duquant record-observations."""
 
+import functools
 import pathlib
 import tempfile
 from typing import Literal
@@ -8,10 +9,10 @@ import tyro
 
 from openpi_duquant import synthetic
 from openpi_duquant.architecture import Architecture
-from openpi_duquant.checkpoint import SafetensorsReader
 from openpi_duquant.commands.console import console
-from openpi_duquant.commands.evaluate_libero import evaluate_libero
+from openpi_duquant.commands.evaluate_libero import run_episodes
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.conversion import open_source
 from openpi_duquant.libero.evaluation import Arguments
 from openpi_duquant.progress import progress_bar
 from openpi_duquant.recording import Example
@@ -42,7 +43,7 @@ def record_observations(
         source: libero runs the policy in LIBERO (needs openpi and LIBERO); synthetic makes up random observations: they
             try the commands out, and say nothing of accuracy.
         output: Folder to make.
-        checkpoint: The policy: an original checkpoint for a config such as pi05_libero, see evaluate-libero.
+        checkpoint: The original checkpoint; libero takes a converted one too, with a --policy-config *_duquant.
         limit: Observations to keep.
         seed: Of everything random.
         policy_config: openpi's name of its config. (libero)
@@ -56,7 +57,7 @@ def record_observations(
         _record_synthetic(output, checkpoint, limit, seed, action_horizon)
         return
     with tempfile.TemporaryDirectory() as results:
-        evaluate_libero(
+        run_episodes(
             Arguments(
                 checkpoint=checkpoint,
                 policy_config=policy_config,
@@ -71,6 +72,7 @@ def record_observations(
                 record_limit=limit,
             )
         )
+    console.print(f"recorded {output}")
 
 
 def _record_synthetic(
@@ -79,16 +81,13 @@ def _record_synthetic(
     require_new(output)
     if limit < 1 or action_horizon < 1:
         raise DuQuantError(f"--limit {limit} and --action-horizon {action_horizon} must be at least 1")
-    with SafetensorsReader(checkpoint) as reader:
+    with open_source(checkpoint) as reader:
         architecture = Architecture.infer(reader.shapes)
+    make = functools.partial(synthetic.libero_like_observation, architecture, action_horizon=action_horizon)
+    examples = []
     with progress_bar(f"Recording {output.name}", limit) as advance:
-        examples = []
         for index in range(limit):
-            examples.append(
-                Example(
-                    *synthetic.libero_like_observation(architecture, seed=seed + index, action_horizon=action_horizon)
-                )
-            )
+            examples.append(Example(*make(seed=seed + index)))
             advance(1)
     save_recording(output, examples, {"source": "synthetic", "checkpoint": checkpoint.name, "seed": seed})
     console.print(f"wrote {output}: {limit} synthetic observations, of no use but for trying things out")

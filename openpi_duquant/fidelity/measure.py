@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from openpi_duquant import kernels
 from openpi_duquant.accuracy import quantized_layers
 from openpi_duquant.architecture import Architecture
 from openpi_duquant.checkpoint import MANIFEST_NAME
@@ -98,6 +99,8 @@ def measure(
     """
     if settings.steps is None:
         settings = dataclasses.replace(settings, steps=recording.num_steps)
+    kernels.check_name(settings.backend)
+    names = labels(converted)
     manifests, architecture = _open(original, converted)
     units = load_units(original, pi05=architecture.pi05, action_dim=architecture.action_dim, asset=settings.asset)
     calibration, held_out = split(recording.examples, settings)
@@ -107,7 +110,7 @@ def measure(
     comparison = _Comparison(original, held_out, expected, units, settings, progress)
     rows = [
         {"checkpoint": name} | comparison.of(folder, manifest)
-        for name, folder, manifest in zip(labels(converted), converted, manifests)
+        for name, folder, manifest in zip(names, converted, manifests)
     ]
     for row, manifest in zip(rows, manifests):
         used = manifest and manifest.calibration

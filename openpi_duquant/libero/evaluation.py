@@ -120,12 +120,12 @@ class Arguments:
         """Those that a resumed run must share."""
         return {name: value for name, value in self.to_json().items() if name not in _FREE}
 
-    def recorder(self) -> contextlib.AbstractContextManager[Recorder | None]:
+    def recorder(self, *, stand_ins: bool) -> contextlib.AbstractContextManager[Recorder | None]:
         """What records the policy, if it is to be recorded."""
         if self.record is None:
             return contextlib.nullcontext()
         about = {"source": self.task_suite_name, "config": self.policy_config or DEFAULT_CONFIG}
-        about["checkpoint"] = self.checkpoint.name if self.checkpoint else None
+        about |= {"checkpoint": str(self.checkpoint), "assets": STAND_INS if stand_ins else "LIBERO"}
         return Recorder(self.record, limit=self.record_limit, seed=self.seed, info=about)
 
 

@@ -108,12 +108,12 @@ def test_an_evaluation_in_libero_is_recorded(
         videos=False,
         record=tmp_path / "r",
     )
-    with arguments.recorder() as recorder:
+    with arguments.recorder(stand_ins=True) as recorder:
         record = evaluation.build_runner(arguments, 0, recorder)(Episode("libero_object", 0, 0, 7))
     assert record.error is None
     recording = load_recording(tmp_path / "r")
     assert len(recording.examples) == len(record.call_seconds) > 1
-    told = {"source": "libero_spatial", "config": "pi05_libero", "checkpoint": "pi05"}
+    told = {"source": "libero_spatial", "config": "pi05_libero", "assets": "stand-in assets"}
     assert {name: recording.info[name] for name in told} == told
 
 
