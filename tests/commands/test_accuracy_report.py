@@ -160,9 +160,8 @@ def test_the_page_holds_everything_within_itself(whole: tuple[pathlib.Path, dict
     assert len(page.references) == 3
     assert all(reference.startswith("data:image/png;base64,iVBOR") for reference in page.references)
     assert page.headings == re.findall("^## (.*)$", text, re.MULTILINE)
-    assert page.rows == sum(line.startswith("| ") for line in text.splitlines()) - page.headings.count("") - sum(
-        line.startswith(("| -", "| -:")) for line in text.splitlines()
-    )
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert page.rows == sum(not line.startswith("| -") for line in lines) > 50
     for name in PICTURES:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in text
