@@ -135,7 +135,7 @@ def _activations(rows: Sequence[Mapping[str, Any]]) -> Section:
             values = row["layers"][name]
             median = f"{row['median_activations_over_ideal']:.3f}"
             errors = _error(values["activation_error"]), _error(values["ideal_error"])
-            advice = "16-bit activations" if ratios[name] > ACTIVATION_GOAL else ""
+            advice = "take 16-bit activations" if ratios[name] > ACTIVATION_GOAL else ""
             table.append((row["checkpoint"], median, f"{ratios[name]:.3f}", _short(name), *errors, advice))
     text = (
         "The outputs' error by 8-bit activations alone, weights in floating point, as a multiple of what int8 leaves "

@@ -119,9 +119,9 @@ def _blame(values: Mapping[str, Any]) -> dict[str, Any]:
     total, activations = values["error"], values["activation_error"] or 0.0
     weights = max(0.0, total**2 - activations**2) ** 0.5
     if activations > weights:
-        advice = "16-bit activations, or leave it out"
+        advice = "take 16-bit activations, or leave it out"
     elif values["weight_bits"] == 4:
-        advice = "8-bit weights"
+        advice = "take 8-bit weights"
     else:
         advice = "leave it out"
     return {"error": total, "by_weights": weights, "by_activations": activations, "suggestion": advice}

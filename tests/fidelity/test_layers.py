@@ -56,11 +56,11 @@ def test_the_experts_steps_are_averaged_over_its_layers() -> None:
 @pytest.mark.parametrize(
     ("values", "weights", "suggestion"),
     [
-        (measured(0.05, 0.03), 0.04, "8-bit weights"),
-        (measured(0.05, 0.04), 0.03, "16-bit activations"),
+        (measured(0.05, 0.03), 0.04, "take 8-bit weights"),
+        (measured(0.05, 0.04), 0.03, "take 16-bit activations"),
         (measured(0.05, 0.03, bits=8), 0.04, "leave it out"),
-        (measured(0.05, None), 0.05, "8-bit weights"),
-        (measured(0.05, 0.051), 0, "16-bit activations"),
+        (measured(0.05, None), 0.05, "take 8-bit weights"),
+        (measured(0.05, 0.051), 0, "take 16-bit activations"),
     ],
 )
 def test_the_larger_share_is_blamed(values: dict[str, object], weights: float, suggestion: str) -> None:
