@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from openpi_duquant import gptq
 from openpi_duquant import packing
 from openpi_duquant import quant
 from openpi_duquant import transforms
@@ -21,19 +22,24 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return 0.0 if error == 0 else (error / expected.double().norm()).item()
 
 
-def weight_error(weight: Tensor, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> float:
+def weight_error(weight: Tensor, spec: LayerSpec, tensors: Mapping[str, Tensor], moment: Tensor | None = None) -> float:
     """Relative error of a quantized weight, in the space in which it is stored.
 
     Args:
         weight: [N, K], the floating-point weight after folds.
         spec: The layer.
         tensors: Those that `LayerSpec.tensors` names.
+        moment: [K, K], E[x x^T] of the inputs: the error is then that of the outputs, were the inputs not rounded.
     """
     layer = QuantLinear(dataclasses.replace(spec, bias=False), device="meta")
     layer.load_state_dict(dict(tensors), assign=True)
     stored = quant.dequantize_weight(packing.unpack(layer.weight_packed), layer.weight_scale)
-    expected = layer.transform.dual().apply(weight.float())
-    return relative_error(stored, transforms.rotate_rows(expected, transforms.inverse(layer.restore)))
+    transform = layer.transform
+    expected = transforms.rotate_rows(transform.dual().apply(weight.float()), transforms.inverse(layer.restore))
+    if moment is None:
+        return relative_error(stored, expected)
+    moment = transform.apply(transform.apply(moment.double()).T)
+    return _ratio(*(gptq.output_error(of, moment).item() for of in (stored - expected, expected)))
 
 
 def layer_errors(folded: nn.Module, quantized: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, float]:

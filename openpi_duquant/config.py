@@ -44,6 +44,8 @@ class DuQuantConfig:
         weight_rounding: "nearest", or "gptq" (each channel makes up for the errors of others), which needs calibration
             data; "auto" is gptq where there is such data.
         gptq_dampening: Share of its own energy added to every input channel; none tries several on held-out samples.
+        keep_error_below: Largest relative error of its outputs that a calibrated layer may have with 4 bits; where it
+            has more, it takes 8, and so do those that read the same input. None: all keep their bits.
         scale_search: Weight scales by least squared error ("mse") or by the largest weight ("max").
         permute: Spread large input channels over the rotation blocks (zigzag).
         smoothing: Share of the mean mixed into every channel's energy before the zigzag, 0 to 1.
@@ -72,6 +74,7 @@ class DuQuantConfig:
     group_size: int | None = None
     weight_rounding: Literal["auto", "nearest", "gptq"] = "auto"
     gptq_dampening: float | None = None
+    keep_error_below: float | None = None
     scale_search: Literal["mse", "max"] = "mse"
     permute: bool = True
     smoothing: float = 0.15
@@ -121,7 +124,7 @@ def _is_share(value: object) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1
 
 
-def _is_dampening(value: object) -> bool:
+def _is_positive(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
@@ -167,7 +170,8 @@ _RULES: dict[str, Rule] = {
     "activation_bits": _one_of(8, 16),
     "group_size": _optional((_is_positive_and_even, "a positive even number")),
     "weight_rounding": _one_of("auto", "nearest", "gptq"),
-    "gptq_dampening": _optional((_is_dampening, "a positive number")),
+    "gptq_dampening": _optional((_is_positive, "a positive number")),
+    "keep_error_below": _optional((_is_positive, "a positive number")),
     "scale_search": _one_of("mse", "max"),
     "permute": _FLAG,
     "smoothing": (_is_share, "between 0 and 1"),
@@ -263,6 +267,7 @@ class Environment:
     Attributes:
         fields: Fields of `DuQuantConfig`, those that are set.
         packdir: Where converted checkpoints live.
+        calibration: Recorded observations that a conversion rounds the weights for.
         dry_run: List layers and totals, convert nothing.
         runtime: What runs a converted checkpoint in openpi, see `RUNTIMES`.
         backend: Backend of the quantized layers, see `kernels.resolve`.
@@ -275,6 +280,7 @@ class Environment:
 
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     packdir: pathlib.Path | None = None
+    calibration: pathlib.Path | None = None
     dry_run: bool = False
     runtime: str = "engine"
     backend: str = "auto"
@@ -309,6 +315,7 @@ def _profile_folder(text: str) -> pathlib.Path | None:
 
 SWITCHES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "PACKDIR": ("packdir", pathlib.Path),
+    "CALIBRATION": ("calibration", pathlib.Path),
     "DRYRUN": ("dry_run", _flag),
     "RUNTIME": ("runtime", _choice(RUNTIMES)),
     "BACKEND": ("backend", _choice(BACKENDS)),

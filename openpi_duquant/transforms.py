@@ -19,6 +19,11 @@ Rotation = Tensor | int | None
 """Matrices [K/B, B, B]; or the size B of a normalised Hadamard block; or no rotation."""
 
 
+def as_operands(rotation: Rotation) -> tuple[Tensor | None, int]:
+    """What an operator takes a rotation as: its matrices, or None, and the size of a Hadamard's block, or 0."""
+    return (None, rotation) if isinstance(rotation, int) else (rotation, 0)
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Multiplies every block of the last dimension by its matrix: x_b -> x_b R_b.
 

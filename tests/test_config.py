@@ -28,6 +28,7 @@ UNUSUAL = DuQuantConfig(
     group_size=32,
     weight_rounding="nearest",
     gptq_dampening=0.5,
+    keep_error_below=0.1,
     scale_search="max",
     permute=False,
     smoothing=0.5,
@@ -45,6 +46,7 @@ BAD: dict[str, list[Any]] = {
     "weight_bits": [3, True, 4.0],
     "activation_bits": [4],
     "weight_rounding": ["gtpq", None],
+    "keep_error_below": [0, -0.1, True, "x", float("nan")],
     "gptq_dampening": [0, -0.1, True, "x", float("inf"), float("nan")],
     "scale_search": ["best"],
     "rotation": ["hadamrad"],
@@ -82,6 +84,7 @@ ENVIRONMENT: dict[str, tuple[str, Any]] = {
 
 SWITCHED: dict[str, tuple[str, Any]] = {
     "PACKDIR": ("/data/packs", pathlib.Path("/data/packs")),
+    "CALIBRATION": ("/data/recorded", pathlib.Path("/data/recorded")),
     "DRYRUN": ("yes", True),
     "RUNTIME": ("module", "module"),
     "BACKEND": ("fake", "fake"),

@@ -38,6 +38,8 @@ class Manifest:
         counts: "layers", "quantized_parameters", "bytes" of the result, "quantized_bytes" and what these layers take in
             bf16, "quantized_bytes_bf16".
         sha256: Of the result's `model.safetensors`, as `SafetensorsReader.digest`.
+        calibration: What it was calibrated on, and "errors", the relative error of every layer's outputs there; None:
+            weights are rounded to nearest.
     """
 
     tool_version: str
@@ -49,6 +51,7 @@ class Manifest:
     float_dtypes: dict[str, str]
     counts: dict[str, int]
     sha256: str
+    calibration: dict[str, Any] | None = None
 
     def types(self) -> dict[str, TensorType]:
         """Dtype and shape of every tensor of `model.safetensors`."""

@@ -12,6 +12,7 @@ from openpi_duquant import kernels
 from openpi_duquant.commands import linear_timing
 from openpi_duquant.commands.console import console
 from openpi_duquant.commands.console import refuse_variables
+from openpi_duquant.commands.console import require_known
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.progress import progress_bar
 from openpi_duquant.report import markdown_stamp
@@ -60,8 +61,8 @@ def bench_linear(
         backends: Backends and baselines to measure.
     """
     refuse_variables("bench-linear")
-    _check("layers", layers, SHAPES)
-    _check("backends", backends, (*BASELINES, *kernels.BACKENDS))
+    require_known("layers", layers, SHAPES)
+    require_known("backends", backends, (*BASELINES, *kernels.BACKENDS))
     if not torch.cuda.is_available():
         raise DuQuantError("bench-linear needs a CUDA device; see openpi-duquant doctor")
     output.mkdir(parents=True, exist_ok=True)
@@ -80,12 +81,6 @@ def bench_linear(
     (output / "linear.md").write_text(_markdown(results))
     _chart(results, output / "linear.png")
     console.print(_markdown(results))
-
-
-def _check(what: str, given: tuple[str, ...], known: object) -> None:
-    for name in given:
-        if name not in known:
-            raise DuQuantError(f"{what}: there is no {name!r}; choose from {', '.join(known)}")
 
 
 def _resume(path: pathlib.Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from openpi_duquant.commands import policy_timing
 from openpi_duquant.commands.console import console
 from openpi_duquant.commands.console import refuse_variables
+from openpi_duquant.commands.console import require_known
 from openpi_duquant.commands.console import resolve_device
 from openpi_duquant.commands.policy_report import chart
 from openpi_duquant.commands.policy_report import markdown
@@ -56,9 +57,7 @@ def bench_policy(
         row_timeout: Seconds after which a row is given up.
     """
     refuse_variables("bench-policy")
-    for name in rows:
-        if name not in ROWS:
-            raise DuQuantError(f"rows: there is no {name!r}; choose from {', '.join(ROWS)}")
+    require_known("rows", rows, ROWS)
     output.mkdir(parents=True, exist_ok=True)
     where = resolve_device(device)
     folder = None if checkpoint is None else str(checkpoint.resolve())

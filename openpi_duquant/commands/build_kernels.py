@@ -10,6 +10,7 @@ from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.commands.console import console
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine import layers_run
+from openpi_duquant.kernels.backend import architecture
 from openpi_duquant.kernels.bitblas import build
 from openpi_duquant.kernels.bitblas import loading
 from openpi_duquant.kernels.bitblas import operators
@@ -44,7 +45,7 @@ def _architecture(name: str) -> str:
     if name == "auto":
         if not torch.cuda.is_available():
             raise DuQuantError("arch: there is no GPU here to build for; name one, as --arch sm_90")
-        return loading.architecture(torch.device("cuda"))
+        return architecture(torch.device("cuda"))
     if not re.fullmatch(r"sm_[89]\d|sm_1\d\d", name):
         raise DuQuantError(f"arch: {name!r} is not sm_80 or later, as sm_90")
     return name

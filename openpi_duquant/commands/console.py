@@ -1,5 +1,7 @@
 """What commands have in common: where they write, which device they take, which variables they refuse."""
 
+from collections.abc import Collection, Iterable
+
 from rich.console import Console
 import torch
 
@@ -27,6 +29,13 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise DuQuantError(f"device {name}: {count} CUDA devices are visible here; see openpi-duquant doctor")
     return device
+
+
+def require_known(what: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raises DuQuantError if one of the names given for an option is not known; lists those that are."""
+    for name in given:
+        if name not in known:
+            raise DuQuantError(f"{what}: there is no {name!r}; choose from {', '.join(known)}")
 
 
 def refuse_variables(command: str) -> None:

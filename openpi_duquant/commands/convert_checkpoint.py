@@ -1,14 +1,16 @@
 """openpi-duquant convert-checkpoint."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import pathlib
+import statistics
 import time
 from typing import Any
 
 import tyro
 
+from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.checkpoint.files import iter_bytes
 from openpi_duquant.commands.console import console
 from openpi_duquant.commands.console import resolve_device
@@ -20,7 +22,11 @@ from openpi_duquant.conversion import convert
 from openpi_duquant.conversion import make_plan
 from openpi_duquant.conversion import open_source
 from openpi_duquant.progress import progress_bar
+from openpi_duquant.recording import load_recording
 from openpi_duquant.report import markdown_table
+
+WORST = 5
+"""Layers that are listed after a calibration."""
 
 
 def defaults(arguments: Sequence[str]) -> dict[str, Any]:
@@ -34,7 +40,8 @@ def defaults(arguments: Sequence[str]) -> dict[str, Any]:
     preset = parser.parse_known_args(arguments)[0].preset
     environment = read_environment()
     config = dataclasses.replace(preset_config(preset), **environment.fields)
-    return {"config": config, "packdir": environment.packdir, "dry_run": environment.dry_run}
+    switches = {name: getattr(environment, name) for name in ("calibration", "dry_run", "packdir")}
+    return {"config": config} | switches
 
 
 def convert_checkpoint(
@@ -42,6 +49,7 @@ def convert_checkpoint(
     target: tyro.conf.Positional[pathlib.Path | None] = None,
     *,
     preset: str = "default",
+    calibration: pathlib.Path | None = None,
     device: str = "auto",
     dry_run: bool = False,
     packdir: pathlib.Path | None = None,
@@ -56,24 +64,28 @@ def convert_checkpoint(
         source: Folder with model.safetensors and assets/.
         target: Folder to make; <packdir>/<source>-<preset> when not given.
         preset: default, simple, optimized, dit_qkvo, llm, full_llm_dit or quantvla.
+        calibration: Recorded observations to round the weights for, see record-observations; to nearest when not given.
         device: Where the arithmetic is done: cpu, cuda, cuda:1, or auto (cuda where there is one).
         dry_run: List layers and totals, write nothing.
         packdir: Where converted checkpoints live; beside the source when not given.
         config: What is quantized, and how.
     """
     where = resolve_device(device)
+    recording = calibration and load_recording(calibration)
     with open_source(source) as reader:
-        plan = make_plan(reader.types, config)
+        plan = make_plan(reader.types, config, calibrated=recording is not None)
+    before = sum(iter_bytes(plan.source))
     if dry_run:
         console.print(_layer_table(plan))
-        console.print(_totals(plan))
+        console.print(_totals(plan.counts(), len(plan.folds), before))
         return
     if target is None:
         target = (packdir or source.resolve().parent) / f"{source.resolve().name}-{preset}"
     start = time.monotonic()
-    with progress_bar(f"Converting {source.name}", sum(iter_bytes(plan.source))) as progress:
-        convert(source, target, config, device=where, progress=progress)
-    console.print(_totals(plan))
+    with progress_bar(f"Converting {source.name}", before) as progress:
+        manifest = convert(source, target, config, calibration=recording, device=where, progress=progress)
+    console.print(_totals(manifest.counts, len(manifest.folds), before))
+    console.print(_rounding(manifest))
     console.print(f"wrote {target} in {time.monotonic() - start:.0f} s")
 
 
@@ -95,11 +107,31 @@ def _layer_table(plan: Plan) -> str:
     return markdown_table(header, rows)
 
 
-def _totals(plan: Plan) -> str:
-    counts, before = plan.counts(), sum(iter_bytes(plan.source))
+def _totals(counts: Mapping[str, int], folds: int, before: int) -> str:
     return (
         f"{counts['layers']} layers quantized ({counts['quantized_parameters'] / 1e6:,.1f} M parameters), "
-        f"{len(plan.folds)} folds; their weights with scales and transforms take "
+        f"{folds} folds; their weights with scales and transforms take "
         f"{counts['quantized_bytes'] / counts['quantized_bytes_bf16']:.3f} of bf16\n"
         f"{before:,} bytes before, {counts['bytes']:,} after ({counts['bytes'] / before:.3f})"
     )
+
+
+def _rounding(manifest: Manifest) -> str:
+    """How the weights were rounded, and which layers have the most error."""
+    if manifest.calibration is None:
+        return (
+            "weights rounded to nearest: with recorded observations (record-observations, then --calibration) "
+            "they are rounded for what the policy sees, with a fraction of the error"
+        )
+    errors: dict[str, float] = manifest.calibration["errors"]
+    raised = [name for name, spec in manifest.layers.items() if spec.weight_bits > _asked_bits(manifest.config, name)]
+    worst = sorted(errors, key=errors.__getitem__, reverse=True)[:WORST]
+    rows = [(name, manifest.layers[name].weight_bits, f"{errors[name]:.4f}") for name in worst]
+    return (
+        f"calibrated: relative error of a layer's outputs {statistics.mean(errors.values()):.4f} on average, "
+        f"{len(raised)} layers raised to 8 bits; the largest:\n{markdown_table(('layer', 'bits', 'error'), rows)}"
+    )
+
+
+def _asked_bits(config: DuQuantConfig, layer: str) -> int:
+    return config.layer_bits.get(layer, config.weight_bits)

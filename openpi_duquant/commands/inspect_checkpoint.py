@@ -35,6 +35,9 @@ COMPONENTS = {
     "action and time heads": "",
 }
 
+ERRORS = ("weight_error", "output_error")
+"""Of a weight, against the source; and of a layer's outputs, as calibration found it."""
+
 
 def inspect_checkpoint(
     checkpoint: tyro.conf.Positional[pathlib.Path],
@@ -67,7 +70,7 @@ def _weight_errors(converted: SafetensorsReader, manifest: Manifest, source: pat
     with SafetensorsReader(source) as reader:
         if reader.digest() != manifest.source["sha256"]:
             raise DuQuantError(f"{source}: is not the checkpoint that this one was made of (sha256 differs)")
-        plan = make_plan(reader.types, manifest.config)
+        plan = make_plan(reader.types, manifest.config, calibrated=manifest.calibration is not None)
         errors = {}
         with progress_bar("Comparing weights", sum(iter_bytes(plan.source))) as progress:
             for name, weight in folded_tensors(reader.read, plan):
@@ -102,6 +105,7 @@ def _results(types: Mapping[str, TensorType], manifest: Manifest, errors: Mappin
             "folded": [fold["kind"] for fold in manifest.folds if f"{layer}.weight" in fold["tensors"]],
             "bytes": sum(size for name, size in sizes.items() if name.rpartition(".")[0] == layer),
             "weight_error": errors.get(layer),
+            "output_error": manifest.calibration["errors"].get(layer) if manifest.calibration else None,
         }
         for layer, spec in manifest.layers.items()
     }
@@ -137,10 +141,12 @@ def _markdown(title: str, manifest: Manifest, results: Mapping[str, Any]) -> str
             _joined(values["run_time"]),
             _joined(values["folded"]),
             f"{values['bytes']:,}",
-            "" if values["weight_error"] is None else f"{values['weight_error']:.4f}",
+            *("" if values[error] is None else f"{values[error]:.4f}" for error in ERRORS),
         )
         for name, values in results["layers"].items()
     ]
+    errors = [error.replace("_", " ") for error in ERRORS]
+    header = "layer", "out x in", "bits", "at run time", "folded", "bytes", *errors
     counts = manifest.counts
     origin = f"{manifest.source['bytes']:,} bytes of {'/'.join(manifest.source['dtypes'])}"
     sections = [
@@ -148,7 +154,7 @@ def _markdown(title: str, manifest: Manifest, results: Mapping[str, Any]) -> str
         f"{counts['layers']} quantized layers, {len(manifest.folds)} folds, {counts['bytes']:,} bytes.",
         f"Made by openpi-duquant {manifest.tool_version} from {origin} (sha256 {manifest.source['sha256'][:16]}...).",
         markdown_table(("component", "quantized layers", "bytes", "of these in quantized layers"), components),
-        markdown_table(("layer", "out x in", "bits", "at run time", "folded", "bytes", "weight error"), layers),
+        markdown_table(header, layers),
     ]
     return "\n\n".join(sections)
 

@@ -86,7 +86,7 @@ _BASELINES: dict[str, Callable[[Tensor, int], dict[str, Any]]] = {"bf16 cuBLAS":
 
 
 def _backend(x: Tensor, n: int, name: str) -> dict[str, Any]:
-    """A W4A8 layer with permutation and Hadamard rotation; the reference's transform is part of every backend."""
+    """A W4A8 layer with permutation and Hadamard rotation, by the one transform that all backends share."""
     k = x.shape[1]
     spec = LayerSpec(
         in_features=k, out_features=n, bias=False, weight_bits=4, activation_bits=8, group_size=None,

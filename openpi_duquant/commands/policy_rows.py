@@ -109,7 +109,9 @@ def engine(policy: Policy, setting: Setting, *, graph: bool = False, compiled: b
     observation, noise = setting.observation
     prefix = preprocess(observation)
     inputs = policy.inputs(
-        prefix if policy.graphs is None else policy.graphs.padded(prefix), policy.read_state(observation.state), noise
+        prefix if policy.graphs is None else policy.graphs.padded(prefix),
+        policy.read_state(observation.state, len(noise)),
+        noise,
     )
     run = policy.compute if policy.graphs is None else policy.graphs
     return Calls(

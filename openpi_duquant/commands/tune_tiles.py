@@ -14,11 +14,13 @@ from torch import Tensor
 
 from openpi_duquant.commands.bench_linear import SHAPES
 from openpi_duquant.commands.console import console
+from openpi_duquant.commands.console import require_known
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import reference
 from openpi_duquant.kernels import tiles
 from openpi_duquant.kernels import triton_matmul
 from openpi_duquant.kernels.backend import Problem
+from openpi_duquant.kernels.backend import architecture
 from openpi_duquant.kernels.tiles import Tile
 from openpi_duquant.kernels.timing import L2_BYTES
 from openpi_duquant.kernels.timing import microseconds
@@ -56,9 +58,7 @@ def tune_tiles(
         tokens: Numbers of tokens, M; a tile is used up to the next of the sizes 16, 32, ... 4096.
         bits: Of the weights, 4 or 8.
     """
-    for name in layers:
-        if name not in SHAPES:
-            raise DuQuantError(f"layers: there is no {name!r}; choose from {', '.join(SHAPES)}")
+    require_known("layers", layers, SHAPES)
     if not torch.cuda.is_available():
         raise DuQuantError("tune-tiles measures on a GPU, and there is none here")
     shapes = sorted({SHAPES[name] for name in layers})
@@ -77,7 +77,7 @@ def tune_tiles(
             times = _times(case, [tile for other, tile in exact if other == case])
             if not times:
                 raise DuQuantError(f"no tile for {case} is exact; please report it as an issue of openpi-duquant")
-            store(output, _architecture(), case, times[0][1])
+            store(output, architecture(torch.device("cuda")), case, times[0][1])
             rule = tiles.by_rule(case.m, case.n, case.k if bits == 8 else case.k // 2)
             by_rule = next((time for time, tile in times if tile == rule), math.nan)
             best, tile = times[0]
@@ -123,10 +123,6 @@ def store(path: pathlib.Path, architecture: str, case: Case, tile: Tile) -> None
         for name, shapes in sorted(known.items())
     ]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def _architecture() -> str:
-    return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
 class _Operands(NamedTuple):

@@ -123,7 +123,7 @@ def _fill(
             raise DuQuantError(f"tensor {source} is missing")
         if source not in sources:
             place = "cpu" if name.rpartition(".")[0] in on_host else device
-            sources[source] = _cast(name, state[source], layers, dtype).to(place)
+            sources[source] = cast(name, state[source], layers, dtype).to(place)
         tensors[name] = sources[source]
     try:
         policy.load_state_dict(tensors, assign=True)
@@ -131,7 +131,7 @@ def _fill(
         raise DuQuantError(" ".join(str(error).split())) from None
 
 
-def _cast(name: str, tensor: Tensor, layers: Mapping[str, LayerSpec], dtype: torch.dtype) -> Tensor:
+def cast(name: str, tensor: Tensor, layers: Mapping[str, LayerSpec], dtype: torch.dtype) -> Tensor:
     """Quantized layers keep their dtypes; floating-point weights take the policy's, or fp32 where openpi does."""
     if name.rpartition(".")[0] in layers:
         return tensor

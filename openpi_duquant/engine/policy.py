@@ -78,6 +78,11 @@ class Policy(nn.Module, abc.ABC):
         return self.paligemma_with_expert["paligemma"]["lm_head"]
 
     @property
+    def language_model(self) -> LanguageModel:
+        """The language model."""
+        return self.paligemma_with_expert["paligemma"]["model"]["language_model"]
+
+    @property
     def expert(self) -> ActionExpert:
         """The action expert."""
         return self.paligemma_with_expert["gemma_expert"]["model"]
@@ -122,10 +127,10 @@ class Policy(nn.Module, abc.ABC):
                 f"noise {tuple(noise.shape)} must be {expected}, batch x action_horizon x action_dim, "
                 f"and num_steps {num_steps} at least 1"
             )
-        self.check_state(observation.state, len(noise))
+        state = self.read_state(observation.state, len(noise))
         prefix = preprocess(observation)
         graphs = self.graphs if self.device.type == "cuda" and self.graphs is not None else None
-        inputs = self.inputs(prefix if graphs is None else graphs.padded(prefix), observation.state, noise)
+        inputs = self.inputs(prefix if graphs is None else graphs.padded(prefix), state, noise)
         schedule = self.tabulated(num_steps)
         actions = self.compute(inputs, schedule) if graphs is None else graphs(inputs, schedule)
         return actions.to(noise.device)
@@ -141,14 +146,13 @@ class Policy(nn.Module, abc.ABC):
     def inputs(self, prefix: Prefix, state: Tensor | None, noise: Tensor) -> Inputs:
         """What `compute` reads, on the policy's device; embeddings are looked up where the table is."""
         text = self.embedding(prefix.tokens.to(self.embedding.weight.device))
-        given = prefix.images, prefix.image_mask, text, prefix.token_mask, self.read_state(state), noise.float()
+        given = prefix.images, prefix.image_mask, text, prefix.token_mask, state, noise.float()
         return Inputs(*(x if x is None else x.to(self.device, non_blocking=True) for x in given))
 
     def compute(self, inputs: Inputs, schedule: Tensor) -> Tensor:
         """Actions [B, S, A] fp32; the same kernels for the same shapes, and never a look at a value from the host."""
         x, visible = self.embed_prefix(inputs)
-        language_model: LanguageModel = self.paligemma_with_expert["paligemma"]["model"]["language_model"]
-        caches = language_model(x, visible.cumsum(1) - 1, visible)
+        caches = self.language_model(x, visible.cumsum(1) - 1, visible)
         return self.denoise(caches, visible, inputs.state, inputs.noise, schedule)
 
     def embed_prefix(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -189,12 +193,12 @@ class Policy(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def read_state(self, state: Tensor | None) -> Tensor | None:
-        """The state that the expert reads, [B, A] fp32; None if it reads none."""
+    def read_state(self, state: Tensor | None, batch: int) -> Tensor | None:
+        """The state that the expert reads, [batch, A] fp32; None if it reads none.
 
-    @abc.abstractmethod
-    def check_state(self, state: Tensor | None, batch: int) -> None:
-        """Raises DuQuantError on a state that the expert cannot read."""
+        Raises:
+            DuQuantError: On a state that it cannot read.
+        """
 
     def time_embeddings(self, num_steps: int) -> Tensor:
         """Sinusoidal embeddings [num_steps, W] fp32 of the times 1, 1 - 1/n, ..., 1/n; summed in fp32, as in openpi."""
@@ -222,12 +226,9 @@ class Pi05Policy(Policy):
         del state
         return self.action_in_proj(actions), entry
 
-    def read_state(self, state: Tensor | None) -> None:
+    def read_state(self, state: Tensor | None, batch: int) -> None:
         """None: the state, if used at all, is part of the prompt."""
-        del state
-
-    def check_state(self, state: Tensor | None, batch: int) -> None:
-        """Nothing can be wrong with what is not read."""
+        del state, batch
 
     def schedule(self, num_steps: int) -> Tensor:
         """The modulations of every norm, [num_steps, norms, 3 W]: a table, for they depend on the time alone."""
@@ -261,16 +262,13 @@ class Pi0Policy(Policy):
         """Embeddings of the times, [num_steps, W]."""
         return self.time_embeddings(num_steps)
 
-    def read_state(self, state: Tensor | None) -> Tensor | None:
-        """The state in fp32."""
-        return state if state is None else state.float()
-
-    def check_state(self, state: Tensor | None, batch: int) -> None:
-        """Raises DuQuantError unless the state is [batch, action_dim]."""
+    def read_state(self, state: Tensor | None, batch: int) -> Tensor:
+        """The state in fp32; raises DuQuantError unless it is [batch, action_dim]."""
         expected = batch, self.architecture.action_dim
         if state is None or state.shape != expected:
             shape = None if state is None else tuple(state.shape)
             raise DuQuantError(f"state: pi0 reads {list(expected)}, got {shape}")
+        return state.float()
 
 
 def build_policy(architecture: Architecture) -> Policy:

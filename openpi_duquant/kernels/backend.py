@@ -70,6 +70,20 @@ class Matmul(Protocol):
         ...
 
 
+def architecture(device: torch.device) -> str:
+    """The name of a CUDA device's architecture: "sm_90"."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def reasons_against(device: torch.device) -> list[str]:
+    """Why kernels for GPUs from sm_80 on cannot run on this device."""
+    if device.type != "cuda":
+        return [f"it needs a CUDA device, not {device.type}"]
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return [f"it needs sm_80 or later, {torch.cuda.get_device_name(device)} is {architecture(device)}"]
+    return []
+
+
 def _runs_anywhere(_problem: Problem, _device: torch.device) -> tuple[bool, list[str]]:
     return True, []
 

@@ -40,10 +40,8 @@ def epilogue(
     if dtype == torch.float32 and output_rotation is not None:
         scaled = epilogue(accumulators, act_scale, weight_scale, None, None, dtype, row_sum)
         return reference.epilogue(scaled, bias, output_rotation, dtype)
-    hadamard, matrices = (output_rotation, None) if isinstance(output_rotation, int) else (0, output_rotation)
-    return torch.ops.openpi_duquant.epilogue(
-        accumulators, act_scale, weight_scale, row_sum, bias, matrices, hadamard, dtype
-    )
+    rotation = transforms.as_operands(output_rotation)
+    return torch.ops.openpi_duquant.epilogue(accumulators, act_scale, weight_scale, row_sum, bias, *rotation, dtype)
 
 
 torch.library.define(

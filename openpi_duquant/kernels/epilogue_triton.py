@@ -4,6 +4,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from openpi_duquant.kernels.blocks_triton import block_diagonal
+
 
 def launch(
     out: Tensor,
@@ -48,21 +50,9 @@ def _epilogue(
     y = y.to(tl.float32) * tl.load(weight_scale + column, mask=in_columns, other=0.0)[None, :]
     y *= tl.load(act_scale + row, mask=in_rows, other=0.0)[:, None]
     if BLOCK > 0:  # one product with the block-diagonal [COLUMNS, COLUMNS] part of the rotation
-        i, j = tl.arange(0, COLUMNS)[:, None], tl.arange(0, COLUMNS)[None, :]
-        same_block = (i // BLOCK) == (j // BLOCK)
-        if HADAMARD:
-            odd = (i % BLOCK) & (j % BLOCK)
-            odd ^= odd >> 4
-            odd ^= odd >> 2
-            odd ^= odd >> 1
-            rotation = tl.where(same_block, 1.0 - 2.0 * (odd & 1).to(tl.float32), 0.0)
-        else:
-            entry = (column[:, None] // BLOCK * BLOCK + i % BLOCK) * BLOCK + j % BLOCK
-            known = same_block & in_columns[:, None] & in_columns[None, :]
-            rotation = tl.load(matrices + entry, mask=known, other=0.0).to(tl.float32)
+        rotation = block_diagonal(matrices, column, n, COLUMNS, BLOCK, HADAMARD).to(PART)
         high = y.to(PART)
         low = (y - high.to(tl.float32)).to(PART)
-        rotation = rotation.to(PART)
         y = tl.dot(high, rotation, tl.dot(low, rotation)) * NORM
     if HAS_BIAS:
         y += tl.load(bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]

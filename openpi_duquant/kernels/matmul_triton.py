@@ -9,6 +9,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from openpi_duquant.kernels.blocks_triton import block_diagonal
 from openpi_duquant.kernels.tiles import Tile
 
 
@@ -60,24 +61,6 @@ def _signed(packed, HIGH: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _block_diagonal(matrices_ptr, n, N, BN: tl.constexpr, BLOCK: tl.constexpr, HADAMARD: tl.constexpr):
-    """The rotation of columns n, [BN, BN] fp32; of a Hadamard the signs."""
-    i, j = tl.arange(0, BN)[:, None], tl.arange(0, BN)[None, :]
-    same = (i // BLOCK) == (j // BLOCK)
-    if HADAMARD:
-        odd = (i % BLOCK) & (j % BLOCK)
-        odd ^= odd >> 4
-        odd ^= odd >> 2
-        odd ^= odd >> 1
-        rotation = tl.where(same, 1.0 - 2.0 * (odd & 1).to(tl.float32), 0.0)
-    else:
-        entry = (n[:, None] // BLOCK * BLOCK + i % BLOCK) * BLOCK + j % BLOCK
-        known = same & (n < N)[:, None] & (n < N)[None, :]
-        rotation = tl.load(matrices_ptr + entry, mask=known, other=0.0).to(tl.float32)
-    return rotation
-
-
-@triton.jit
 def _matmul(
     a_ptr, act_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, matrices_ptr, residual_ptr, gate_ptr, out_ptr,
     M, N, a_stride,
@@ -120,7 +103,7 @@ def _matmul(
     y = sums.to(tl.float32) * tl.load(weight_scale_ptr + n, mask=known_n, other=0.0)[None, :]
     y *= tl.load(act_scale_ptr + m, mask=known_m, other=0.0)[:, None]
     if BLOCK > 0:
-        rotation = _block_diagonal(matrices_ptr, n, N, BN, BLOCK, HADAMARD)
+        rotation = block_diagonal(matrices_ptr, n, N, BN, BLOCK, HADAMARD)
         y = tl.dot(y, rotation, input_precision="ieee" if EXACT else "tf32x3") * GAIN
     if BIAS:
         y += tl.load(bias_ptr + n, mask=known_n, other=0.0).to(tl.float32)[None, :]

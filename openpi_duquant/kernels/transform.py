@@ -18,8 +18,8 @@ LARGEST_WIDTH = 16384
 
 def why_not_fused(transform: transforms.Transform, width: int) -> str | None:
     """Why the kernels cannot apply this transform to rows of that width; None if they can."""
-    rotation = transform.rotation
-    block = rotation if isinstance(rotation, int) else 0 if rotation is None else rotation.shape[-1]
+    matrices, hadamard = transforms.as_operands(transform.rotation)
+    block = hadamard if matrices is None else matrices.shape[-1]
     if transform.pre_rotation is not None:
         return "the transform rotates before it permutes"
     if block and block not in ROTATION_BLOCKS:
@@ -45,8 +45,7 @@ def fused_transform(
     width = x.shape[1] // 2 if prologue.geglu else x.shape[1]
     if not x.is_cuda or why_not_fused(transform, width):
         return reference.fused_transform(x, transform, prologue)
-    rotation = transform.rotation
-    hadamard, matrices = (rotation, None) if isinstance(rotation, int) else (0, rotation)
+    matrices, hadamard = transforms.as_operands(transform.rotation)
     tensors = prologue.scale, prologue.shift, transform.permutation, matrices
     with span("input_transform", x):
         return torch.ops.openpi_duquant.fused_transform(x, *tensors, hadamard, prologue.geglu, prologue.norm)

@@ -4,6 +4,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from openpi_duquant.kernels.blocks_triton import signs
 from openpi_duquant.kernels.reference import NORM_EPS
 
 _ROWS = 16  # of a program that multiplies by matrices: the fewest that tl.dot takes
@@ -73,16 +74,6 @@ def _modulate(x, inverse_rms, scale_ptr, shift_ptr, channel, inside, SCALE: tl.c
 
 
 @triton.jit
-def _signs(B: tl.constexpr):
-    """Sylvester's matrix [B, B] of +-1, B <= 256: negative where row and column share an odd number of bits."""
-    shared = tl.arange(0, B)[:, None] & tl.arange(0, B)[None, :]
-    shared ^= shared >> 4
-    shared ^= shared >> 2
-    shared ^= shared >> 1
-    return 1 - 2 * (shared & 1)
-
-
-@triton.jit
 def _rotate(x, rotation, FLOAT32: tl.constexpr):
     """x [R, B] times [B, B], summed in fp32."""
     if FLOAT32:
@@ -146,7 +137,8 @@ def _by_row(
     elif BUTTERFLY:
         y = tl.reshape(_butterflies(tl.reshape(x.to(tl.float32), (ROWS * WIDTH,)), ROWS * WIDTH, B), (ROWS, WIDTH))
     else:
-        y = tl.reshape(_rotate(tl.reshape(x, (ROWS * BLOCKS, B)), _signs(B), FLOAT32), (ROWS, WIDTH))
+        hadamard = signs(tl.arange(0, B)[:, None], tl.arange(0, B)[None, :])
+        y = tl.reshape(_rotate(tl.reshape(x, (ROWS * BLOCKS, B)), hadamard, FLOAT32), (ROWS, WIDTH))
     act_scale = _scale_of(tl.max(tl.abs(y), 1) * gain) + 0.0 * tl.sum(y, 1)  # a maximum does not see NaN, a sum does
     codes = _round(y, (gain / act_scale)[:, None])
     tl.store(codes_ptr + row[:, None] * K + k, codes, mask=inside)

@@ -10,6 +10,8 @@ from openpi_duquant import transforms
 from openpi_duquant.kernels import tiles
 from openpi_duquant.kernels.backend import Backend
 from openpi_duquant.kernels.backend import Problem
+from openpi_duquant.kernels.backend import architecture
+from openpi_duquant.kernels.backend import reasons_against
 from openpi_duquant.profiling import span
 
 LARGEST_BLOCK = 64
@@ -25,10 +27,7 @@ def can_run(problem: Problem, device: torch.device) -> tuple[bool, list[str]]:
         reasons.append("it has one weight scale a row, the layer has a group_size")
     if problem.output_block > LARGEST_BLOCK:
         reasons.append(f"it restores output blocks of at most {LARGEST_BLOCK}, the layer's are {problem.output_block}")
-    if device.type != "cuda":
-        reasons.append(f"it needs a CUDA device, not {device.type}")
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        reasons.append(f"it needs sm_80 or later, {torch.cuda.get_device_name(device)} is older")
+    reasons += reasons_against(device)
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed (pip install triton)")
     return not reasons, reasons
@@ -67,10 +66,10 @@ def matmul(
     With a residual [M, N] the result is residual + gate * y, the gate [N] or, where there is none, ones.
     """
     del row_sum
-    hadamard, matrices = (output_rotation, None) if isinstance(output_rotation, int) else (0, output_rotation)
+    rotation = transforms.as_operands(output_rotation)
     with span("matmul", a):
         return torch.ops.openpi_duquant.triton_matmul(
-            a, act_scale, weight, weight_scale, bias, matrices, hadamard, residual, gate, dtype
+            a, act_scale, weight, weight_scale, bias, *rotation, residual, gate, dtype
         )
 
 
@@ -93,8 +92,7 @@ def _on_gpu(a: Tensor, act_scale: Tensor, weight: Tensor, *operands: object) -> 
 
     *rest, dtype = operands
     (m, k), n = a.shape, len(weight)
-    major, minor = torch.cuda.get_device_capability(a.device)
-    tile = tiles.tile_for(f"sm_{major}{minor}", m, n, k, bits=8 if weight.dtype == torch.int8 else 4)
+    tile = tiles.tile_for(architecture(a.device), m, n, k, bits=8 if weight.dtype == torch.int8 else 4)
     out = a.new_empty(m, n, dtype=dtype)
     with torch.cuda.device_of(a):
         matmul_triton.launch(out, a, act_scale, weight, *rest, tile)

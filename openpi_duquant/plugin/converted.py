@@ -21,6 +21,8 @@ from openpi_duquant.conversion import make_plan
 from openpi_duquant.conversion import open_source
 from openpi_duquant.plugin.quantization import Quantization
 from openpi_duquant.progress import progress_bar
+from openpi_duquant.recording import Recording
+from openpi_duquant.recording import load_recording
 
 logger = logging.getLogger("openpi_duquant")
 
@@ -31,11 +33,12 @@ def converted_folder(folder: pathlib.Path, quantization: Quantization) -> pathli
         _require_as_asked(folder, Manifest.load(folder).config, quantization)
         return folder
     config, environment = quantization.config, quantization.environment
+    recording = environment.calibration and load_recording(environment.calibration)
     with open_source(folder) as reader:
-        layers = make_plan(reader.types, config).layers.values()
+        layers = make_plan(reader.types, config, calibrated=recording is not None).layers.values()
         problems = [spec.problem(torch.bfloat16) for spec in layers]
         kernels.require(environment.backend, problems, torch.device(quantization.place))  # before minutes of work
-        key = conversion_key(reader, config)
+        key = conversion_key(reader, config, recording)
         total = sum(iter_bytes(reader.types))
     target = (environment.packdir or cache_folder()) / f"{folder.resolve().name}-{key}"
     if target.exists():
@@ -44,17 +47,17 @@ def converted_folder(folder: pathlib.Path, quantization: Quantization) -> pathli
     logger.warning("%s is not converted; converting it once, to %s", folder, target)
     try:
         with progress_bar(f"Converting {folder.name}", total) as progress:
-            convert(folder, target, config, device=quantization.place, progress=progress)
+            convert(folder, target, config, calibration=recording, device=quantization.place, progress=progress)
     except DuQuantError:
         if not target.exists():  # else another process has converted it meanwhile
             raise
     return target
 
 
-def conversion_key(reader: SafetensorsReader, config: DuQuantConfig) -> str:
-    """What a conversion depends on, as 16 hexadecimal digits: the source's bytes, the config, this version."""
+def conversion_key(reader: SafetensorsReader, config: DuQuantConfig, recording: Recording | None = None) -> str:
+    """What a conversion depends on, as 16 hexadecimal digits: the bytes of source and recording, config and version."""
     version = importlib.metadata.version("openpi-duquant")
-    content = json.dumps([reader.digest(), config.to_json(), version], sort_keys=True)
+    content = json.dumps([reader.digest(), recording and recording.info, config.to_json(), version], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -20,8 +20,11 @@ from openpi_duquant import DuQuantConfig
 from openpi_duquant import Manifest
 from openpi_duquant import load_policy
 from openpi_duquant import synthetic
+from openpi_duquant.architecture import Architecture
 from openpi_duquant.commands import COMMANDS
 from openpi_duquant.commands import main
+from openpi_duquant.recording import Example
+from openpi_duquant.recording import save_recording
 
 TOOLS = sorted((pathlib.Path(openpi_duquant.__file__).parents[1] / "tools").glob("*.py"))
 
@@ -171,6 +174,32 @@ def test_the_result_goes_beside_the_source_or_where_it_is_told_to(
     assert made() == {"own-simple", "told", "packed/own-simple"}
     command("convert-checkpoint", own_source, tmp_path / "again", "--preset", "simple")
     assert made() == {"own-simple", "told", "packed/own-simple", "again"}
+
+
+def test_a_recording_is_what_weights_are_rounded_for(
+    command: Callable[..., str],
+    own_source: pathlib.Path,
+    tiny: Architecture,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "rounded to nearest" in command("convert-checkpoint", own_source, tmp_path / "nearest")
+    examples = [Example(*synthetic.libero_like_observation(tiny, seed=seed)) for seed in range(4)]
+    save_recording(tmp_path / "seen", examples, {"num_steps": 2})
+    arguments = "convert-checkpoint", own_source
+    shown = command(*arguments, tmp_path / "a", "--calibration", tmp_path / "seen", "--keep-error-below", "0.04")
+    manifest = Manifest.load(tmp_path / "a")
+    errors, bits = manifest.calibration["errors"], [spec.weight_bits for spec in manifest.layers.values()]
+    assert f"{sum(errors.values()) / len(errors):.4f} on average, {bits.count(8)} layers raised to 8 bits" in shown
+    assert 0 < bits.count(8) < 28
+    assert f"{manifest.counts['bytes']:,} after" in shown
+    assert f"{max(errors.values()):.4f} |" in shown
+    assert f"{max(errors.values()):.4f} |" in command("inspect-checkpoint", tmp_path / "a", "--source", own_source)
+    monkeypatch.setenv("OPENPI_DUQUANT_CALIBRATION", str(tmp_path / "seen"))
+    command(*arguments, tmp_path / "b")
+    assert Manifest.load(tmp_path / "b").calibration["sha256"] == manifest.calibration["sha256"]
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere.*record-observations makes it"):
+        command(*arguments, tmp_path / "c", "--calibration", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("model", ["pi05", "pi0"])

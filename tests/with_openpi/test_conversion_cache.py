@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from openpi_duquant import Manifest
+from openpi_duquant import synthetic
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.recording import Example
+from openpi_duquant.recording import save_recording
 
 pytestmark = pytest.mark.openpi
 Stock = Callable[..., Any]
@@ -132,3 +135,23 @@ def test_a_conversion_damaged_since_is_refused(
     assert packdir in conversions[0].parents
     with pytest.raises(DuQuantError, match="sha256 differs"):
         stock(NAME, hosts.original / "pi05", backend="reference")
+
+
+def test_a_recording_calibrates_it_and_is_part_of_its_key(
+    stock: Stock,
+    hosts: Any,
+    packdir: pathlib.Path,
+    variables: Callable[..., None],
+    conversions: list[pathlib.Path],
+    tmp_path: pathlib.Path,
+) -> None:
+    stock(NAME, hosts.original / "pi05", backend="reference")
+    architecture = Manifest.load(conversions[0]).architecture
+    for seed in (0, 1):
+        example = Example(*synthetic.libero_like_observation(architecture, seed=seed, action_horizon=10))
+        save_recording(tmp_path / str(seed), [example, example], {"num_steps": 2})
+        variables(PACKDIR=packdir, CALIBRATION=tmp_path / str(seed))
+        stock(NAME, hosts.original / "pi05", backend="reference")
+    calibrations = [Manifest.load(folder).calibration for folder in conversions]
+    assert [found and found["count"] for found in calibrations] == [None, 2, 2]
+    assert len(set(conversions)) == 3

@@ -8,6 +8,8 @@ import torch
 
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels.backend import Problem
+from openpi_duquant.kernels.backend import architecture
+from openpi_duquant.kernels.backend import reasons_against
 from openpi_duquant.kernels.bitblas import build
 from openpi_duquant.kernels.bitblas import cache
 from openpi_duquant.kernels.bitblas import driver
@@ -27,12 +29,8 @@ _faults: dict[tuple[Any, ...], str] = {}
 
 def can_run(problem: Problem, device: torch.device) -> tuple[bool, list[str]]:
     """See `Backend.can_run`."""
-    reasons = unsupported(problem)
-    if device.type != "cuda":
-        reasons.append(f"it needs a CUDA device, not {device.type}")
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        reasons.append(f"it needs sm_80 or later, {torch.cuda.get_device_name(device)} is {architecture(device)}")
-    elif not reasons and not _is_loaded(problem, device):
+    reasons = unsupported(problem) + reasons_against(device)
+    if not reasons and not _is_loaded(problem, device):
         reasons += _missing(problem, device)
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed, which its epilogue needs (pip install triton)")
@@ -61,11 +59,6 @@ def _missing(problem: Problem, device: torch.device) -> list[str]:
         if cache.find(operator.name, architecture(device), driver.version()) is None:
             return [f"{reason}; openpi-duquant build-kernels on a machine that has it" for reason in build.obstacles()]
     return []
-
-
-def architecture(device: torch.device) -> str:
-    """The name of a device's architecture: "sm_90"."""
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _key(problem: Problem, device: torch.device) -> tuple[int, torch.dtype, torch.dtype, int, int]:
