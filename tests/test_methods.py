@@ -132,7 +132,7 @@ def mean_errors(seed: int, decay: float) -> dict[str, float]:
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     ("decay", "of_rtn", "of_duquant"),
-    [(1.0, 0.36, 0.6), (1.5, 0.28, 0.45), (2.0, 0.22, 0.35)],
+    [(1.0, 0.35, 0.58), (1.5, 0.24, 0.38), (2.0, 0.16, 0.26)],
     ids=["decay 1", "decay 1.5", "decay 2"],
 )
 def test_errors_by_method(decay: float, of_rtn: float, of_duquant: float, seed: int) -> None:
@@ -140,7 +140,7 @@ def test_errors_by_method(decay: float, of_rtn: float, of_duquant: float, seed: 
     ours, uncalibrated = errors["default, calibrated"], errors["default"]
     assert ours < of_rtn * errors["rtn"]
     assert ours < of_duquant * errors["duquant, as released"]
-    assert ours < errors["textbook gptq"]
+    assert ours < 0.97 * errors["textbook gptq"]
     assert ours < 0.7 * errors["gptq, not rotated"]
     assert uncalibrated < 0.86 * errors["rtn"]
     assert uncalibrated < 0.7 * errors["rtn, largest"]

@@ -88,7 +88,7 @@ def fit_feedback(
     errors = {}
     for share in DAMPENINGS:
         codes = gptq.gptq(trial, scale, bits, feedback(halves[0], share))
-        errors[share] = gptq.output_error(trial - quant.dequantize_weight(codes, scale), held_out).item()
+        errors[share] = gptq.output_error(trial - quant.dequantize_weight(codes, scale), held_out).sum().item()
     return feedback(moment.whole, min(errors, key=errors.__getitem__))
 
 
