@@ -80,10 +80,11 @@ def plan_folds(
         DuQuantError: On row_rotation="propagate" when no `v` is selected.
     """
     prefixes = dict.fromkeys(match[0] for name in tensors if (match := _DECODER_LAYER.match(name)))
+    spreads = config.rotation in ("hadamard", "duquant")  # else a weight that takes a gain has outliers of its own
     folds, remaining = [], dict(specs)
     for prefix in prefixes:
         for norm, consumers in _NORM_CONSUMERS.items():
-            if prefix + norm in tensors and any(prefix + consumer in specs for consumer in consumers):
+            if spreads and prefix + norm in tensors and any(prefix + consumer in specs for consumer in consumers):
                 names = (prefix + norm, *(f"{prefix}{consumer}.weight" for consumer in consumers))
                 folds.append(Fold("norm_gain", names))
         down = prefix + "mlp.down_proj"
@@ -149,10 +150,10 @@ def apply_folds(
 def fold_norm_gain(weights: Weights, norm: str, *consumers: str) -> Weights:
     """Balances the gain (1 + w) [K] of a norm and the columns of its consumers [N, K]; returns what changed.
 
-    Where inputs have energies h_k and columns w_k, rounding errs by about sqrt(sum_k h_k sum_k w_k) of a rotated or
-    per-row scaled weight. Of all ways to divide a product h_k w_k between the two, the same for both gives the least
-    (as SmoothQuant, Xiao et al. 2022, arXiv:2211.10438, but of mean squares). A normed input has about unit energy
-    before its gain, so the norm keeps the fourth root of the columns' energy under the whole gain.
+    Where inputs have energies h_k, and columns w_k that a rotation spreads, rounding errs by about
+    sqrt(sum_k h_k sum_k w_k). Of all ways to divide the products h_k w_k between the two, equal shares give the least
+    (SmoothQuant, Xiao et al. 2022, arXiv:2211.10438, for mean squares). A normed input has about unit energy before its
+    gain, so the norm keeps the fourth root of the columns' energy under the whole gain.
 
     The gain that is kept is one of bf16, so that it is stored exactly.
     """

@@ -6,6 +6,7 @@ Every layer is fed what the original feeds it. The methods of others are written
 from collections.abc import Callable
 import copy
 import dataclasses
+import statistics
 
 import pytest
 import structured
@@ -145,3 +146,19 @@ def test_errors_by_method(decay: float, of_rtn: float, of_duquant: float, seed: 
     assert uncalibrated < 0.86 * errors["rtn"]
     assert uncalibrated < 0.7 * errors["rtn, largest"]
     assert uncalibrated < 1.05 * errors["duquant, by weights"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_activations_err_as_gaussian_ones_do(seed: int) -> None:
+    model, batches = structured.structured_model(seed, layers=1), structured.structured_inputs(seed, 16, 1.0)
+    inputs = layer_inputs(copy.deepcopy(model), batches)
+    quantize_(model, DEFAULT, backend="fake")
+    ratios: dict[str, list[float]] = {"as they are": [], "transformed": []}
+    for name, x in inputs.items():
+        for kind, given in (("as they are", x), ("transformed", model.get_submodule(name).transform.apply(x))):
+            error = relative_error(quant.fake_quantize_activation(given), given)
+            ratios[kind].append(error / quant.gaussian_int8_error(x.shape[1]))
+    medians = {kind: statistics.median(found) for kind, found in ratios.items()}
+    print(medians)  # noqa: T201
+    assert medians["as they are"] > 2
+    assert medians["transformed"] < 1.1
