@@ -45,6 +45,17 @@ def span(label: Label, tensor: Tensor, layer: str | None = None) -> contextlib.A
     return contextlib.nullcontext() if _active is None else _active.span(label, tensor, layer)
 
 
+@contextlib.contextmanager
+def not_profiled() -> Iterator[None]:
+    """Counts no spans while it lasts: kernels are tested or measured, and no layer computes anything."""
+    global _active  # noqa: PLW0603
+    before, _active = _active, None
+    try:
+        yield
+    finally:
+        _active = before
+
+
 def in_layer(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, whose spans are counted for the layer of that name."""
 

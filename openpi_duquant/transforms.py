@@ -8,6 +8,8 @@ For y = x W^T with permutation p and block rotation R,
 (bf16, orthogonal only up to rounding) keeps the product exact. How p and R are chosen: see `fitting`.
 """
 
+from collections.abc import Iterator
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,26 @@ def as_operands(rotation: Rotation) -> tuple[Tensor | None, int]:
     return (None, rotation) if isinstance(rotation, int) else (rotation, 0)
 
 
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """Keeps the host's autocast and reduced-precision matmuls (TF32; openpi allows them) out of the arithmetic."""
+    if x.is_meta:
+        return contextlib.nullcontext()
+    if torch.compiler.is_compiling():
+        return torch.autocast(x.device.type, enabled=False)
+    return _eager_full_precision(x.device.type)
+
+
+@contextlib.contextmanager
+def _eager_full_precision(device_type: str) -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Multiplies every block of the last dimension by its matrix: x_b -> x_b R_b.
 
@@ -36,11 +58,12 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """
     if rotation is None:
         return x
-    if isinstance(rotation, int):
-        return _hadamard(x, rotation)
-    blocks, block, _ = rotation.shape
-    by_block = x.reshape(-1, blocks, block).transpose(0, 1)
-    return torch.bmm(by_block, rotation.to(x.dtype)).transpose(0, 1).reshape(x.shape)
+    with full_precision(x):
+        if isinstance(rotation, int):
+            return _hadamard(x, rotation)
+        blocks, block, _ = rotation.shape
+        by_block = x.reshape(-1, blocks, block).transpose(0, 1)
+        return torch.bmm(by_block, rotation.to(x.dtype)).transpose(0, 1).reshape(x.shape)
 
 
 def _hadamard(x: Tensor, block: int) -> Tensor:

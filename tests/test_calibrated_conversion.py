@@ -3,29 +3,32 @@
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import pathlib
 import re
+import types
 
 import pytest
 import torch
 from torch import Tensor
 from torch import nn
 
-from openpi_duquant import calibration
 from openpi_duquant import convert
 from openpi_duquant import load_policy
 from openpi_duquant import synthetic
 from openpi_duquant.accuracy import relative_error
 from openpi_duquant.calibration import Calibrator
+from openpi_duquant.calibration import calibrator
 from openpi_duquant.calibration import record_states
 from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.checkpoint import SafetensorsReader
 from openpi_duquant.config import PRESETS
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.conversion.calibrated import kept_until_done
+from openpi_duquant.engine import gemma
 from openpi_duquant.engine.policy import Policy
+from openpi_duquant.kernels import attention
 from openpi_duquant.recording import Example
 from openpi_duquant.recording import Recording
 
@@ -62,9 +65,10 @@ def test_without_quantized_layers_the_states_are_those_of_the_policy(checkpoints
     states = record_states(policy, given.examples, schedule)
     assert [len(each.language) for each in states] == [3, 3]
     with SafetensorsReader(checkpoints / name) as reader:
-        calibrator = Calibrator(policy.architecture, CONFIG, {}, states, schedule, torch.float32)
+        made = Calibrator(policy.architecture, CONFIG, {}, states, schedule, torch.float32)
         for index in range(policy.architecture.expert.depth):
-            assert not calibrator.quantize(index, reader)
+            assert not made.quantize(index, reader)
+    states = made._stream._states
     leaves = []
     for example in given.examples:
         outputs: list[Tensor] = []
@@ -85,9 +89,10 @@ def test_a_layer_is_calibrated_on_what_the_converted_policy_feeds_it(
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     advance = Calibrator._advance
 
-    def spy(self: Calibrator, index: int, *arguments: object) -> None:
-        seen[index] = self.states[0].language.clone(), self.states[0].expert.clone()
-        advance(self, index, *arguments)
+    def spy(self: Calibrator, index: int, *arguments: object) -> dict[str, Tensor]:
+        (states,) = self._stream._states
+        seen[index] = states.language.clone(), states.expert.clone()
+        return advance(self, index, *arguments)
 
     monkeypatch.setattr(Calibrator, "_advance", spy)
     convert(checkpoints / name, tmp_path / "target", CONFIG, calibration=given)
@@ -181,20 +186,20 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
-        quantize_group = calibration.quantize_group
+        quantize_group = calibrator.quantize_group
 
         def count(weights: dict[str, Tensor], *arguments: object) -> dict[str, dict[str, Tensor]]:
             self.calls.append(next(iter(weights)))
             return quantize_group(weights, *arguments)
 
-        monkeypatch.setattr(calibration, "quantize_group", count)
+        monkeypatch.setattr(calibrator, "quantize_group", count)
 
 
 def test_an_interrupted_conversion_goes_on_and_comes_to_the_same(
     checkpoints: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, given, spy = checkpoints / "pi0", recording(checkpoints / "pi0"), Spy(monkeypatch)
-    config = dataclasses.replace(CONFIG, keep_error_below=0.05)
+    config = dataclasses.replace(CONFIG, keep_error_below=0.03, attention_temperature=True)
     whole = convert(source, tmp_path / "whole", config, calibration=given)
     all_calls, spy.calls = len(spy.calls), []
 
@@ -232,12 +237,9 @@ def test_what_was_done_for_something_else_is_done_again(
 
 
 def test_two_conversions_to_one_target_do_not_mix(checkpoints: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    folder = tmp_path / ".target.calibration"
-    folder.mkdir()
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DuQuantError, match="target: another calibrated conversion is making it"):
-            convert(checkpoints / "pi0", tmp_path / "target", CONFIG, calibration=recording(checkpoints / "pi0"))
+    refused = pytest.raises(DuQuantError, match="target: another calibrated conversion is making it")
+    with kept_until_done(tmp_path / "target", "key"), refused:
+        convert(checkpoints / "pi0", tmp_path / "target", CONFIG, calibration=recording(checkpoints / "pi0"))
 
 
 @pytest.mark.parametrize(
@@ -272,3 +274,58 @@ def test_presets_of_one_model_are_calibrated(checkpoints: pathlib.Path, tmp_path
     assert len(manifest.calibration["errors"]) >= 10
     example = recording(checkpoints / "pi0").examples[0]
     assert float32(tmp_path / "target").sample_actions(example.observation, example.noise).isfinite().all()
+
+
+def attention_of(policy: Policy, example: Example, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
+    """Queries, keys and output of every attention of both models in a call of one denoising step."""
+    seen = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *others: tuple[Tensor, Tensor], **named: bool) -> Tensor:
+        result = attention.attend(q, k, v, *others, **named)
+        seen.append((q, torch.cat((k, others[1][0]), 1) if len(others) > 1 else k, result))
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gemma, "attention", types.SimpleNamespace(attend=attend, rotary=attention.rotary))
+        policy.sample_actions(example.observation, example.noise, num_steps=1)
+    return seen
+
+
+def spread(queries: Tensor, keys: Tensor) -> Tensor:
+    """By head, how far logits are from each query's mean."""
+    logits = queries.double().transpose(1, 2) @ keys.double()[:, None].mT
+    return (logits - logits.mean(-1, keepdim=True)).square().mean((0, 2, 3)).sqrt()
+
+
+def energies(policy: Policy, seen: list[tuple[Tensor, ...]]) -> list[float]:
+    layers = [*policy.language_model.layers[:-1], *policy.expert.layers]
+    return [layer.self_attn.o_proj(y).norm().item() for layer, (_, _, y) in zip(layers, seen, strict=True)]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_corrected_attention_has_the_spread_and_the_energy_of_the_original(
+    checkpoints: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source, given = checkpoints / name, recording(checkpoints / name, 1)
+    given.info["num_steps"] = 1
+    coarse = dataclasses.replace(CONFIG, rotation="none", scale_search="max", permute=False, gptq_dampening=1e6)
+    original = float32(source)
+    wanted = attention_of(original, given.examples[0], monkeypatch)
+    gaps = {}
+    for corrected in (False, True):
+        config = dataclasses.replace(coarse, attention_temperature=corrected, output_energy=corrected)
+        manifest = convert(source, tmp_path / str(corrected), config, calibration=given)
+        policy = float32(tmp_path / str(corrected))
+        found = attention_of(policy, given.examples[0], monkeypatch)
+        spreads = torch.stack([spread(q, k) / spread(*first[:2]) for (q, k, _), first in zip(found, wanted)])
+        powers = torch.tensor(energies(policy, found)) / torch.tensor(energies(original, wanted))
+        gaps[corrected] = (spreads - 1).abs().max().item(), (powers - 1).abs().max().item()
+        assert len(manifest.calibration["corrections"]) == (2 * len(wanted) if corrected else 0)
+    assert min(gaps[False]) > 0.01
+    assert max(gaps[True]) < 1e-3, gaps
+
+
+def test_a_rotation_of_rows_across_heads_cannot_be_corrected(checkpoints: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = DuQuantConfig(row_rotation="restore", output_rotation_block=64, attention_temperature=True)
+    with pytest.raises(DuQuantError, match=r"attention_temperature: .*q_proj mixes heads"):
+        convert(checkpoints / "pi0", tmp_path / "target", config, calibration=recording(checkpoints / "pi0"))

@@ -13,7 +13,10 @@ from openpi_duquant.architecture import kept_in_float32
 from openpi_duquant.checkpoint.files import SafetensorsReader
 from openpi_duquant.checkpoint.files import TensorType
 from openpi_duquant.checkpoint.manifest import Manifest
+from openpi_duquant.config import ACTION_EXPERT
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.kernels.backend import USUAL_TOKENS
+from openpi_duquant.kernels.backend import Workload
 from openpi_duquant.linear import LayerSpec
 from openpi_duquant.linear import QuantLinear
 from openpi_duquant.linear import prepare_
@@ -21,6 +24,15 @@ from openpi_duquant.linear.spec import SHARED_TENSORS
 
 TIED_EMBEDDING = LANGUAGE_MODEL + "embed_tokens.weight"
 """The second name that openpi's model has for the token embedding, which a checkpoint stores once."""
+
+
+TOKENS: dict[str, Workload] = {LANGUAGE_MODEL: ((544, 1), (968, 1)), ACTION_EXPERT: ((10, 10), (50, 10))}
+"""What layers of pi0 and pi0.5 see in a call of ten steps: a prompt with two images or three; 10 or 50 actions."""
+
+
+def tokens_seen(name: str) -> Workload:
+    """What the layer of that name sees, see `Problem.tokens`."""
+    return next((tokens for prefix, tokens in TOKENS.items() if name.startswith(prefix)), USUAL_TOKENS)
 
 
 def verify(reader: SafetensorsReader, manifest: Manifest, folder: pathlib.Path) -> None:
@@ -56,7 +68,8 @@ def place_quant_linears(
         if has != wanted:
             raise DuQuantError(f"{name}: is {wanted} in the checkpoint and {has} in the model; take the model it is of")
         parent, _, child = name.rpartition(".")
-        layer = QuantLinear(layers[name], backend=backend, dtype=dtype, device="meta")
+        given = {"backend": backend, "dtype": dtype, "tokens": tokens_seen(name)}
+        layer = QuantLinear(layers[name], **given, device="meta")
         setattr(modules[parent], child, layer)
     return placed
 

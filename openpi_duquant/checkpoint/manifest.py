@@ -38,7 +38,7 @@ class Manifest:
         counts: "layers", "quantized_parameters", "bytes" of the result, "quantized_bytes" and what these layers take in
             bf16, "quantized_bytes_bf16".
         sha256: Of the result's `model.safetensors`, as `SafetensorsReader.digest`.
-        calibration: What it was calibrated on, and "errors", the relative error of every layer's outputs there; None:
+        calibration: What it was calibrated on, and what was found, `Calibrator.errors` and `.corrections`; None:
             weights are rounded to nearest.
     """
 

@@ -39,6 +39,8 @@ SHAPES: dict[str, tuple[int, int]] = {
 
 TOKENS = (1, 10, 50, 536, 968)
 BASELINES = ("bf16 cuBLAS", "int8 cuBLASLt")
+NAIVE, NAIVE_GRAPH, RESTORED = "naive loop", "naive loop, in a graph", "triton, restored"
+ROWS = (*BASELINES, NAIVE, NAIVE_GRAPH, *kernels.BACKENDS, RESTORED)
 _KEY = ("layer", "m", "backend")
 
 
@@ -47,9 +49,12 @@ def bench_linear(
     output: pathlib.Path = pathlib.Path("out/bench-linear"),
     layers: tuple[str, ...] = tuple(SHAPES),
     tokens: tuple[int, ...] = TOKENS,
-    backends: tuple[str, ...] = (*BASELINES, *kernels.BACKENDS),
+    backends: tuple[str, ...] = ROWS,
 ) -> None:
     """Time pi0.5's linear layers on this GPU: transform, matmul, epilogue and the whole layer, by backend.
+
+    Beside them: cuBLAS, and the research code's simulation, whose transforms are a Python loop over blocks of 16; as it
+    ran, eager, and in a CUDA graph. "triton, restored" computes what it simulates.
 
     Writes linear.json, linear.md and linear.png. What linear.json has already is not measured again: run the command
     again after an interruption.
@@ -58,11 +63,11 @@ def bench_linear(
         output: Folder for the results.
         layers: Layers to measure, of "language ..." and "expert ...".
         tokens: Numbers of tokens, M.
-        backends: Backends and baselines to measure.
+        backends: Backends, baselines and simulations to measure.
     """
     refuse_variables("bench-linear")
     require_known("layers", layers, SHAPES)
-    require_known("backends", backends, (*BASELINES, *kernels.BACKENDS))
+    require_known("backends", backends, ROWS)
     if not torch.cuda.is_available():
         raise DuQuantError("bench-linear needs a CUDA device; see openpi-duquant doctor")
     output.mkdir(parents=True, exist_ok=True)
@@ -123,7 +128,22 @@ def _markdown(results: Mapping[str, Any]) -> str:
         for row in sorted(results["rows"], key=lambda row: (order.index(row["layer"]), row["m"]))
     ]
     ceilings = ", ".join(f"{name} {value:.3g}" for name, value in results["ceilings"].items())
-    return f"{markdown_table(header, rows)}\n\nCeilings, measured: {ceilings}.\n\n{markdown_stamp(results['stamp'])}\n"
+    against = _against_the_loop(results)
+    table = f"{markdown_table(header, rows)}\n\n{against}Ceilings, measured: {ceilings}."
+    return f"{table}\n\n{markdown_stamp(results['stamp'])}\n"
+
+
+def _against_the_loop(results: Mapping[str, Any]) -> str:
+    """How many times faster the same transform is in one kernel; nothing if one of them was not measured."""
+    times = {tuple(row[name] for name in _KEY): row["transform"] for row in results["rows"]}
+    header = ("layer", "M", "loop us", "in a graph us", "one kernel us", "times faster", "than in a graph")
+    rows = []
+    for layer, m in sorted({key[:2] for key in times}, key=lambda key: (list(SHAPES).index(key[0]), key[1])):
+        loop, graph, ours = (times.get((layer, m, name)) for name in (NAIVE, NAIVE_GRAPH, RESTORED))
+        if loop and graph and ours:
+            rows.append((layer, m, *map(_number, (loop, graph, ours, loop / ours, graph / ours))))
+    title = "The transform (permutation, matrices of 16, rounding) against the naive loop"
+    return f"{title}:\n\n{markdown_table(header, rows)}\n\n" if rows else ""
 
 
 def _number(value: float | None) -> str:
@@ -150,5 +170,6 @@ def _chart(results: Mapping[str, Any], path: pathlib.Path) -> None:
         unit = "time, of bf16 cuBLAS" if bf16 else "microseconds"
         axes.set(title=f"M = {m}: matmul, and epilogue (pale)", ylabel=unit)
         axes.set_xticks(range(len(SHAPES)), list(SHAPES), rotation=30, ha="right")
-        axes.legend()
+        if axes.containers:
+            axes.legend()
     figure.savefig(path, dpi=120)

@@ -16,11 +16,11 @@ from openpi_duquant.commands.console import console
 from openpi_duquant.commands.console import resolve_device
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import preset as preset_config
-from openpi_duquant.config import read_environment
 from openpi_duquant.conversion import Plan
 from openpi_duquant.conversion import convert
 from openpi_duquant.conversion import make_plan
 from openpi_duquant.conversion import open_source
+from openpi_duquant.environment import read_environment
 from openpi_duquant.progress import progress_bar
 from openpi_duquant.recording import load_recording
 from openpi_duquant.report import markdown_table

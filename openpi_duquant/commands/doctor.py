@@ -60,7 +60,9 @@ def _backends() -> Iterator[Finding]:
         runs, reasons = backend.can_run(problem, device)
         runnable += [name] if runs else []
         yield Finding(f"backend {name}", f"runs on {device}" if runs else f"cannot run: {'; '.join(reasons)}")
-    yield Finding("backend auto", f"takes {next(name for name in kernels.AUTO if name in runnable)}")
+    candidates = [name for name in kernels.AUTO[:-1] if name in runnable] or list(kernels.AUTO[-1:])
+    rivals = f"the fastest of {', '.join(candidates)}, layer by layer"
+    yield Finding("backend auto", f"takes {rivals if device.type == 'cuda' and candidates[1:] else candidates[0]}")
 
 
 def _openpi() -> Iterator[Finding]:

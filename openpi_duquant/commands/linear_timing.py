@@ -1,6 +1,7 @@
 """One row of bench-linear: a layer of the `default` preset, on one backend, taken apart."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 from typing import Any
 
 import torch
@@ -8,17 +9,25 @@ from torch import Tensor
 
 from openpi_duquant import kernels
 from openpi_duquant import packing
+from openpi_duquant.commands.simulation import SimulatedLinear
+from openpi_duquant.commands.simulation import Style
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import reference
 from openpi_duquant.kernels.bitblas.launch import accumulate
 from openpi_duquant.kernels.epilogue import epilogue
 from openpi_duquant.kernels.timing import L2_BYTES
 from openpi_duquant.kernels.timing import microseconds
+from openpi_duquant.kernels.timing import wall_microseconds
 from openpi_duquant.linear import LayerSpec
 from openpi_duquant.linear import QuantLinear
 
+_DEVICE = "cuda"
 _LAUNCHES = 256
 _NOTHING = dict.fromkeys(("transform", "matmul", "epilogue", "layer_us", "tops", "roofline", "exact", "note"))
+_RESEARCH = {"rotation": "matrix", "rotation_block": 16, "output_rotation": "matrix", "output_rotation_block": 16}
+_RESTORED = {"triton, restored": ("triton", _RESEARCH)}
+"""What the simulation computes, as a backend does: blocks of 16 by matrices, output rows rotated and restored."""
+
 _CEILING = {"bf16 cuBLAS": "bf16 TFLOP/s"}
 
 
@@ -43,7 +52,7 @@ def measure(m: int, n: int, k: int, backend: str, rates: Mapping[str, float]) ->
     The share is the time that the matmul's operands need at the rates of `ceilings` over the time it takes.
     """
     torch.manual_seed(0)
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(m, k, device=_DEVICE, dtype=torch.bfloat16)
     try:
         row = _BASELINES[backend](x, n) if backend in _BASELINES else _backend(x, n, backend)
     except DuQuantError as error:
@@ -62,7 +71,7 @@ def _weights(n: int, bytes_per_row: int) -> list[Tensor]:
     """Random weights [N, bytes] uint8 that together are larger than the cache."""
     size = n * bytes_per_row
     copies = max(1, min(_LAUNCHES, -(-L2_BYTES // size)))
-    pool = torch.randint(256, (copies, n, bytes_per_row), dtype=torch.uint8, device="cuda")
+    pool = torch.randint(256, (copies, n, bytes_per_row), dtype=torch.uint8, device=_DEVICE)
     return list(pool)
 
 
@@ -82,20 +91,25 @@ def _int8(x: Tensor, n: int) -> dict[str, Any]:
     return {"matmul": us, "exact": torch.equal(sums, reference.integer_matmul(codes, weights[0]))}
 
 
-_BASELINES: dict[str, Callable[[Tensor, int], dict[str, Any]]] = {"bf16 cuBLAS": _bf16, "int8 cuBLASLt": _int8}
+def _naive(x: Tensor, n: int, time: Callable[[Callable[[int], Tensor]], float]) -> dict[str, Any]:
+    """The research code's simulation: a Python loop over blocks of 16, clones, all in floating point."""
+    layer = SimulatedLinear(_random_layer(x, n, "reference", _RESEARCH), Style())
+    row = {"transform": time(lambda _: layer.simulated_input(x)), "layer_us": time(lambda _: layer(x))}
+    return row | {"note": "no integers"}
+
+
+_BASELINES: dict[str, Callable[[Tensor, int], dict[str, Any]]] = {
+    "bf16 cuBLAS": _bf16,
+    "int8 cuBLASLt": _int8,
+    "naive loop": lambda x, n: _naive(x, n, lambda work: wall_microseconds(lambda: work(0))),
+    "naive loop, in a graph": lambda x, n: _naive(x, n, lambda work: microseconds(work, 1)),
+}
 
 
 def _backend(x: Tensor, n: int, name: str) -> dict[str, Any]:
-    """A W4A8 layer with permutation and Hadamard rotation, by the one transform that all backends share."""
-    k = x.shape[1]
-    spec = LayerSpec(
-        in_features=k, out_features=n, bias=False, weight_bits=4, activation_bits=8, group_size=None,
-        pre_rotation=False, permute=True, rotation="hadamard", rotation_block=64, output_rotation="none",
-        output_rotation_block=0, group="x",
-    )  # fmt: skip
-    layer = QuantLinear(spec, backend=name, dtype=x.dtype, device="cuda")
-    layer.permutation.copy_(torch.randperm(k))
-    layer.weight_scale.fill_(0.01)
+    """A W4A8 layer with permutation and Hadamard rotation, or one of `_RESTORED`."""
+    name, changes = _RESTORED.get(name, (name, {}))
+    layer = _random_layer(x, n, name, changes)
     layer.prepare()
     weights = _weights(n, layer.weight_packed.shape[1])
     slow = name in ("reference", "fake")
@@ -110,17 +124,39 @@ def _backend(x: Tensor, n: int, name: str) -> dict[str, Any]:
         "transform": microseconds(lambda _: layer.quantize_input(x), 2 if slow else 20),
         "layer_us": microseconds(whole, launches, replays),
     }
+    canonical = kernels.BACKENDS[name].canonical(layer.problem, weights[0])
+    sums = reference.integer_matmul(codes, packing.unpack(canonical))
     if name == "bitblas":
-        sums = accumulate(codes, weights[0])
+        found = accumulate(codes, weights[0])
         us = microseconds(lambda i: accumulate(codes, weights[i % len(weights)]), launches)
-        after = microseconds(lambda _: epilogue(sums, scale, layer.weight_scale, None, None, x.dtype, row_sum), 20)
-        canonical = kernels.BACKENDS[name].canonical(spec.problem(x.dtype), weights[0])
-        exact = reference.integer_matmul(codes, packing.unpack(canonical)) + 8 * row_sum
-        return row | {"matmul": us, "epilogue": after, "exact": torch.equal(sums, exact)}
+        after = microseconds(lambda _: epilogue(found, scale, layer.weight_scale, None, None, x.dtype, row_sum), 20)
+        return row | {"matmul": us, "epilogue": after, "exact": torch.equal(found, sums + 8 * row_sum)}
 
     def product(index: int) -> Tensor:
+        weight = weights[index % len(weights)]
         return kernels.BACKENDS[name].matmul(
-            codes, scale, weights[index % len(weights)], layer.weight_scale, None, None, x.dtype
+            codes, scale, weight, layer.weight_scale, None, layer.restore, x.dtype, row_sum
         )
 
-    return row | {"matmul": microseconds(product, launches, replays), "note": "epilogue in matmul"}
+    row |= {"matmul": microseconds(product, launches, replays), "note": "epilogue in matmul"}
+    if name == "triton":
+        ones = torch.ones_like(scale), torch.ones_like(layer.weight_scale)
+        found = kernels.BACKENDS[name].matmul(codes, ones[0], weights[0], ones[1], None, None, torch.float32)
+        row["exact"] = torch.equal(found, sums.float())  # int4 sums are below 2^24: fp32 holds every one
+    return row
+
+
+def _random_layer(x: Tensor, n: int, backend: str, changes: Mapping[str, Any]) -> QuantLinear:
+    spec = LayerSpec(
+        in_features=x.shape[1], out_features=n, bias=False, weight_bits=4, activation_bits=8, group_size=None,
+        pre_rotation=False, permute=True, rotation="hadamard", rotation_block=64, output_rotation="none",
+        output_rotation_block=0, group="x",
+    )  # fmt: skip
+    layer = QuantLinear(dataclasses.replace(spec, **changes), backend=backend, dtype=x.dtype, device=x.device)
+    layer.weight_packed.random_(256)
+    layer.weight_scale.fill_(0.01)
+    layer.permutation.copy_(torch.randperm(x.shape[1]))
+    for matrices in (layer.rotation, layer.output_rotation):
+        if matrices is not None:
+            matrices.copy_(torch.linalg.qr(torch.randn(matrices.shape, device=x.device))[0])
+    return layer

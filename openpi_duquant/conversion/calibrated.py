@@ -19,7 +19,6 @@ from openpi_duquant.calibration import Calibrator
 from openpi_duquant.calibration import record_states
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.conversion.plan import Plan
-from openpi_duquant.conversion.plan import layer_of
 from openpi_duquant.conversion.tensors import Progress
 from openpi_duquant.conversion.tensors import folded_unit
 from openpi_duquant.conversion.tensors import kept
@@ -27,7 +26,6 @@ from openpi_duquant.conversion.tensors import source_bytes
 from openpi_duquant.conversion.tensors import units
 from openpi_duquant.engine.load import assemble
 from openpi_duquant.folds import decoder_layer
-from openpi_duquant.linear import LayerSpec
 from openpi_duquant.recording import Recording
 
 
@@ -65,7 +63,7 @@ def calibrate_layers(
     recording: Recording,
     device: torch.device | str,
     progress: Progress,
-) -> tuple[Plan, dict[str, float]]:
+) -> tuple[Plan, dict[str, Any]]:
     """Calibrates the decoder layers of both models; those that the folder holds already are only run.
 
     Args:
@@ -77,7 +75,7 @@ def calibrate_layers(
         progress: Called with source bytes as they are done.
 
     Returns:
-        The plan with the bits that the layers got, and the relative error of every layer's outputs.
+        The plan with the bits that the layers got, and what was found, `Calibrator.errors` and `.corrections`.
 
     Raises:
         DuQuantError: On an observation that the policy cannot read, or as `Calibrator.quantize`.
@@ -94,13 +92,14 @@ def calibrate_layers(
         weights = folded_unit(lambda name: source[name].to(device), plan, names)
         path = _path(folder, index)
         if path.exists():
-            calibrator.restore(index, weights, load_file(path, str(device)), **_record(path))
+            calibrator.restore(index, weights, load_file(path, str(device)), _record(path))
         else:
             quantized = calibrator.quantize(index, weights)
             plan = dataclasses.replace(plan, layers=calibrator.specs)
-            _save(path, dict(kept(weights, quantized.items(), plan)), calibrator)
+            _save(path, dict(kept(weights, quantized.items(), plan)), calibrator.record(index))
         progress(source_bytes(names, plan))
-    return dataclasses.replace(plan, layers=calibrator.specs), calibrator.errors
+    found = {"errors": calibrator.errors, "corrections": calibrator.corrections}
+    return dataclasses.replace(plan, layers=calibrator.specs), found
 
 
 def layer_tensors(folder: pathlib.Path, index: int) -> dict[str, Tensor]:
@@ -112,12 +111,7 @@ def _path(folder: pathlib.Path, index: int) -> pathlib.Path:
     return folder / f"layer_{index:02}.safetensors"
 
 
-def _save(path: pathlib.Path, tensors: Mapping[str, Tensor], calibrator: Calibrator) -> None:
-    layers = {layer_of(name) for name in tensors} & calibrator.specs.keys()
-    record = {
-        "specs": {name: dataclasses.asdict(calibrator.specs[name]) for name in layers},
-        "errors": {name: error for name, error in calibrator.errors.items() if name in layers},
-    }
+def _save(path: pathlib.Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"record": json.dumps(record)})
     partial.rename(path)
@@ -125,5 +119,4 @@ def _save(path: pathlib.Path, tensors: Mapping[str, Tensor], calibrator: Calibra
 
 def _record(path: pathlib.Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
-        record = json.loads(file.metadata()["record"])
-    return {"specs": {name: LayerSpec(**spec) for name, spec in record["specs"].items()}, "errors": record["errors"]}
+        return json.loads(file.metadata()["record"])

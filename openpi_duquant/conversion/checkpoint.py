@@ -65,11 +65,11 @@ def convert(
         plan = make_plan(reader.types, config, calibrated=calibration is not None)
         _check_target(source, target, plan.counts()["bytes"])
         before = _identities(reader.files)
-        errors, calibrated = {}, None
+        found, calibrated = {}, None
         if calibration is not None:
             key = [before, calibration.info, config.to_json(), version, str(device)]
             folder = stack.enter_context(kept_until_done(target, key))
-            plan, errors = calibrate_layers(folder, reader, plan, calibration, device, progress)
+            plan, found = calibrate_layers(folder, reader, plan, calibration, device, progress)
             calibrated = functools.partial(layer_tensors, folder)
         partial = stack.enter_context(renamed_when_whole(target))
         with SafetensorsWriter(partial / WEIGHTS_NAME, plan.types) as writer:
@@ -78,7 +78,7 @@ def convert(
         _copy_assets(source, partial)
         manifest = _manifest(reader, plan, partial, version)
         if calibration is not None:
-            manifest = dataclasses.replace(manifest, calibration=calibration.info | {"errors": errors})
+            manifest = dataclasses.replace(manifest, calibration=calibration.info | found)
         manifest.save(partial)
         if _identities(reader.files) != before:
             raise DuQuantError(f"{source}: changed while it was read; convert it again when it is complete")

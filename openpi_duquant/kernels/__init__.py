@@ -8,8 +8,10 @@ import torch
 
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import bitblas
+from openpi_duquant.kernels import choice
 from openpi_duquant.kernels import fake
 from openpi_duquant.kernels import reference
+from openpi_duquant.kernels import self_test
 from openpi_duquant.kernels import triton_matmul
 from openpi_duquant.kernels.backend import Backend
 from openpi_duquant.kernels.backend import Problem
@@ -26,7 +28,8 @@ BACKENDS: dict[str, Backend] = {
 }
 
 AUTO = ("triton", "bitblas", "reference")
-"""What `auto` tries, fastest first; `fake` simulates, and runs only when it is named."""
+"""What `auto` chooses from: on a GPU the fastest by measurement, see `choice`; the last where no other runs. `fake`
+simulates, and runs only when it is named."""
 
 
 def check_name(name: str) -> None:
@@ -49,21 +52,29 @@ def load(name: str, problems: Iterable[Problem], device: torch.device) -> None:
 
     What cannot be made ready is left for `resolve` to say.
     """
-    problems = set(problems)
+    problems = list(dict.fromkeys(problems))
     for candidate in AUTO if name == "auto" else (name,):
         runnable = [problem for problem in problems if BACKENDS[candidate].can_run(problem, device)[0]]
         try:
             BACKENDS[candidate].load(runnable, device)
-            problems -= set(runnable)
         except DuQuantError as error:
             logger.debug("backend %s: %s", candidate, error)
+            continue
+        if device.type != "cuda":  # there the first that runs is taken
+            problems = [problem for problem in problems if problem not in runnable]
+    rivals: dict[tuple[str, ...], list[Problem]] = {}
+    for problem in problems if name == "auto" else ():
+        rivals.setdefault(tuple(_candidates(name, problem, device)[0]), []).append(problem)
+    for names, members in rivals.items():
+        if len(names) > 1:
+            choice.decide({candidate: BACKENDS[candidate] for candidate in names}, members, device)
 
 
 def resolve(name: str, problem: Problem, device: torch.device) -> str:
     """The backend that runs this problem on this device, loaded and tested; what `auto` chose and why is logged once.
 
     Args:
-        name: A backend, or "auto": the first of `AUTO` that can run.
+        name: A backend, or "auto", see `AUTO`.
         problem: The layer.
         device: Where its tensors are.
 
@@ -71,25 +82,46 @@ def resolve(name: str, problem: Problem, device: torch.device) -> str:
         DuQuantError: If the backend named cannot run (with every reason), or there is none of that name.
     """
     check_name(name)
+    names, refused = _candidates(name, problem, device)
+    if len(names) > 1:
+        found = choice.decide({candidate: BACKENDS[candidate] for candidate in names}, [problem], device)[problem]
+        if found.times:
+            return found.fastest(problem)
+        refused += [f"{candidate} fails: {reason}" for candidate, reason in found.failures.items()]
+        names = AUTO[-1:]
+    if not names:
+        raise DuQuantError(f"backend {refused[0]} ({problem} on {device})")
+    if name == "auto":
+        _log_choice(problem.weight_bits, problem.activation_bits, device, names[0], tuple(refused))
+    return names[0]
+
+
+def _candidates(name: str, problem: Problem, device: torch.device) -> tuple[list[str], list[str]]:
+    """Backends that run the problem, one unless `auto` has to measure; and what stands against others."""
+    names: list[str] = []
     refused = []
     for candidate in AUTO if name == "auto" else (name,):
+        if names and (device.type != "cuda" or candidate == AUTO[-1]):
+            break
         reasons = _reasons_against(candidate, problem, device)
-        if not reasons:
-            if name == "auto":
-                _log_choice(problem.weight_bits, problem.activation_bits, device, candidate, tuple(refused))
-            return candidate
-        refused.append(f"{candidate} cannot run: {'; '.join(reasons)}")
-    raise DuQuantError(f"backend {refused[0]} ({problem} on {device})")
+        if reasons:
+            refused.append(f"{candidate} cannot run: {'; '.join(reasons)}")
+        else:
+            names.append(candidate)
+    return names, refused
 
 
 def _reasons_against(name: str, problem: Problem, device: torch.device) -> list[str]:
-    runs, reasons = BACKENDS[name].can_run(problem, device)
-    if runs:
-        try:
-            BACKENDS[name].load([problem], device)
-        except DuQuantError as error:
-            return [str(error)]
-    return reasons
+    backend = BACKENDS[name]
+    runs, reasons = backend.can_run(problem, device)
+    if not runs:
+        return reasons
+    try:
+        backend.load([problem], device)
+    except DuQuantError as error:
+        return [str(error)]
+    fault = self_test.transform_fault(problem, device) if backend.fused else None
+    return [fault] if fault else []
 
 
 @functools.cache

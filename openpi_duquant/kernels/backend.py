@@ -9,6 +9,12 @@ from torch import Tensor
 
 from openpi_duquant import transforms
 
+Workload = tuple[tuple[int, int], ...]
+"""Numbers of tokens, and how often a layer sees each."""
+
+USUAL_TOKENS: Workload = ((1, 10), (50, 10), (968, 1))
+"""Of a layer of which no more is known: few tokens often, many at times."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -23,6 +29,9 @@ class Problem:
         output_rotation: "none", "hadamard" or "matrix".
         output_block: B of the output rotation, 0 for none.
         dtype: Type the host computes in.
+        input_rotation: "none", "hadamard" or "matrix": what is done to its input.
+        input_block: B of that rotation, 0 for none.
+        tokens: Numbers of tokens M that the layer will see, and how often each: what `auto` chooses by.
     """
 
     out_features: int
@@ -33,6 +42,15 @@ class Problem:
     output_rotation: str
     output_block: int
     dtype: torch.dtype
+    input_rotation: str = "none"
+    input_block: int = 0
+    tokens: Workload = USUAL_TOKENS
+
+    def like(self, out_features: int, in_features: int) -> "Problem":
+        """A problem of the same kind and of that size."""
+        return dataclasses.replace(
+            self, out_features=out_features, in_features=in_features, input_rotation="none", input_block=0, tokens=()
+        )
 
     def __str__(self) -> str:
         return f"W{self.weight_bits}A{self.activation_bits} {self.out_features}x{self.in_features}"
@@ -106,6 +124,7 @@ class Backend:
         load: Makes ready what these problems need on this device: builds, loads and tests kernels; raises DuQuantError.
         repack: From the canonical weight (see `packing`) to the one that `matmul` takes.
         canonical: Inverse of `repack`.
+        fused: Whether the kernels of `transform` make its int8 input; else their definition does.
         adds_residual: Whether `matmul` also takes `residual` [M, N] and `gate` [N], for residual + gate * y.
     """
 
@@ -114,4 +133,5 @@ class Backend:
     load: Callable[[Iterable[Problem], torch.device], None] = _needs_nothing
     repack: Callable[[Problem, Tensor], Tensor] = _as_it_is
     canonical: Callable[[Problem, Tensor], Tensor] = _as_it_is
+    fused: bool = False
     adds_residual: bool = False

@@ -24,7 +24,8 @@ def matmul(
     """As `backend.Matmul`, of dequantized operands; equal up to fp32 rounding."""
     with span("matmul", a):
         x = a.float() if act_scale is None else a.float() * act_scale
-        y = x @ quant.dequantize_weight(packing.unpack(weight), weight_scale).T
+        with transforms.full_precision(x):
+            y = x @ quant.dequantize_weight(packing.unpack(weight), weight_scale).T
     return reference.epilogue(y, bias, output_rotation, dtype)
 
 

@@ -88,7 +88,8 @@ def integer_matmul(codes: Tensor, weight: Tensor, bits: int = 8) -> Tensor:
     """
     largest = quant.ACTIVATION_MAX * 2 ** (bits - 1) * weight.shape[-1]
     exact = torch.float32 if codes.device.type == "cpu" and largest < 2**24 else torch.float64
-    return (codes.to(exact) @ weight.to(exact).mT).to(torch.int32)
+    with transforms.full_precision(codes):
+        return (codes.to(exact) @ weight.to(exact).mT).to(torch.int32)
 
 
 def accumulate(codes: Tensor, weight: Tensor, weight_scale: Tensor, bits: int = 8) -> Tensor:
@@ -129,7 +130,8 @@ def matmul(
     with span("matmul", a):
         codes = packing.unpack(weight)
         if act_scale is None:
-            y = a.float() @ quant.dequantize_weight(codes, weight_scale).T
+            with transforms.full_precision(a):
+                y = a.float() @ quant.dequantize_weight(codes, weight_scale).T
         else:
             y = accumulate(a, codes, weight_scale, 4 if weight.dtype == torch.uint8 else 8) * act_scale
     return epilogue(y, bias, output_rotation, dtype)

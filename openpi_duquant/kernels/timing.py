@@ -1,7 +1,8 @@
-"""Time on the GPU: launches inside a CUDA graph, so that what the host takes to launch them does not count."""
+"""Time on the GPU: inside a CUDA graph, where what the host takes to launch does not count, or with it."""
 
 from collections.abc import Callable
 import statistics
+import time
 
 import torch
 
@@ -27,6 +28,18 @@ def microseconds(launch: Callable[[int], object], launches: int, replays: int = 
     graph.replay()
     times = [_milliseconds(graph.replay) for _ in range(replays)]
     return statistics.median(times) * 1e3 / launches
+
+
+def wall_microseconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """Median time from the call to the end of what it enqueues: what the host takes to launch it counts."""
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]) * 1e6
 
 
 def _milliseconds(work: Callable[[], None]) -> float:

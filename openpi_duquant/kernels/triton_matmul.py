@@ -1,5 +1,6 @@
 """The `triton` backend: this project's own W4A8 and W8A8 matmul, everything up to the residual in one launch."""
 
+from collections.abc import Iterable
 import importlib.util
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from openpi_duquant import packing
 from openpi_duquant import transforms
+from openpi_duquant.config import DuQuantError
+from openpi_duquant.kernels import self_test
 from openpi_duquant.kernels import tiles
 from openpi_duquant.kernels.backend import Backend
 from openpi_duquant.kernels.backend import Problem
@@ -31,6 +34,18 @@ def can_run(problem: Problem, device: torch.device) -> tuple[bool, list[str]]:
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed (pip install triton)")
     return not reasons, reasons
+
+
+def load(problems: Iterable[Problem], device: torch.device) -> None:
+    """Tests the kernel on small data of every kind of problem among these, see `self_test.matmul_fault`.
+
+    Raises:
+        DuQuantError: If it does not compile, or computes wrongly.
+    """
+    faults = dict.fromkeys(self_test.matmul_fault("triton", BACKEND, problem, device) for problem in problems)
+    faults.pop(None, None)
+    if faults:
+        raise DuQuantError("; ".join(faults))
 
 
 def repack(problem: Problem, weight: Tensor) -> Tensor:
@@ -99,4 +114,4 @@ def _on_gpu(a: Tensor, act_scale: Tensor, weight: Tensor, *operands: object) -> 
     return out
 
 
-BACKEND = Backend(matmul, can_run, repack=repack, canonical=canonical, adds_residual=True)
+BACKEND = Backend(matmul, can_run, load, repack, canonical, fused=True, adds_residual=True)

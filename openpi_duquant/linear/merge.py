@@ -51,7 +51,8 @@ def _merged_quantized(layers: Sequence[nn.Module]) -> QuantLinear | None:
     block = first.spec.output_rotation_block
     if len(specs) > 1 or (block and any(layer.out_features % block for layer in layers)):
         return None
-    merged = QuantLinear(specs.pop(), backend=first.backend, dtype=first.dtype, device="meta")
+    given = {"backend": first.backend, "dtype": first.dtype, "tokens": first.tokens}
+    merged = QuantLinear(specs.pop(), **given, device="meta")
     states = [layer.state_dict() for layer in layers]
     stacked = {name: torch.cat([state[name] for state in states]) for name in _STACKED if name in states[0]}
     merged.load_state_dict(states[0] | stacked, assign=True)

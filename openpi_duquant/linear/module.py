@@ -1,7 +1,6 @@
 """QuantLinear: a drop-in for nn.Linear whose weight is int4 or int8 and whose input is rounded to int8."""
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Sequence
 import threading
 from typing import NamedTuple
 
@@ -11,6 +10,9 @@ from torch import nn
 
 from openpi_duquant import kernels
 from openpi_duquant import transforms
+from openpi_duquant.kernels import reference
+from openpi_duquant.kernels.backend import USUAL_TOKENS
+from openpi_duquant.kernels.backend import Workload
 from openpi_duquant.kernels.reference import NO_PROLOGUE
 from openpi_duquant.kernels.reference import Prologue
 from openpi_duquant.kernels.transform import fused_transform
@@ -48,6 +50,7 @@ class QuantLinear(nn.Module):
         backend: A name that `kernels.resolve` knows. What it stands for is chosen once the tensors are on their device:
             by `prepare`, by a move to a GPU, or at the first use.
         dtype: Floating-point type the host computes in.
+        tokens: See `Problem.tokens`.
         device: Where the (uninitialised) tensors are made; "meta" for none.
 
     Raises:
@@ -60,6 +63,7 @@ class QuantLinear(nn.Module):
         *,
         backend: str = "auto",
         dtype: torch.dtype = torch.float32,
+        tokens: Workload = USUAL_TOKENS,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -69,12 +73,18 @@ class QuantLinear(nn.Module):
         self.dtype = dtype
         kernels.check_name(backend)
         self.backend = backend
+        self.tokens = tokens
         self.running: str | None = None
         tensors = dict.fromkeys((*SHARED_TENSORS, "output_rotation", "bias")) | spec.tensors()
         if spec.bias:
             tensors["bias"] = dtype, (spec.out_features,)
         for name, shape in tensors.items():
             self.register_buffer(name, shape and torch.empty(shape[1], dtype=shape[0], device=device))
+
+    @property
+    def problem(self) -> kernels.Problem:
+        """What a backend is told of it."""
+        return self.spec.problem(self.dtype, self.tokens)
 
     @property
     def weight(self) -> Tensor:
@@ -105,15 +115,14 @@ class QuantLinear(nn.Module):
         """
         with _PREPARING:  # threads may meet here in their first calls
             if self.running is None:
-                problem = self.spec.problem(self.dtype)
-                running = kernels.resolve(self.backend, problem, self.weight_packed.device)
-                self.weight_packed = kernels.BACKENDS[running].repack(problem, self.weight_packed)
+                running = kernels.resolve(self.backend, self.problem, self.weight_packed.device)
+                self.weight_packed = kernels.BACKENDS[running].repack(self.problem, self.weight_packed)
                 self.running = running
 
     def _canonical_weight(self) -> Tensor:
         if self.running is None:
             return self.weight_packed
-        return kernels.BACKENDS[self.running].canonical(self.spec.problem(self.dtype), self.weight_packed)
+        return kernels.BACKENDS[self.running].canonical(self.problem, self.weight_packed)
 
     def _release(self) -> None:
         """Undoes `prepare`."""
@@ -130,7 +139,7 @@ class QuantLinear(nn.Module):
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         if self.running is not None:  # in a new process its kernels are not loaded yet
-            kernels.resolve(self.running, self.spec.problem(self.dtype), self.weight_packed.device)
+            kernels.resolve(self.running, self.problem, self.weight_packed.device)
 
     @property
     def transform(self) -> transforms.Transform:
@@ -148,11 +157,11 @@ class QuantLinear(nn.Module):
         if self.running is None:
             self.prepare()
         x = x.reshape(-1, x.shape[-1])
-        with full_precision(x):
-            if self.spec.activation_bits == 8:
-                return QuantizedInput(*fused_transform(x, self.transform, prologue))
-            with span("input_transform", x):
-                return QuantizedInput(self.transform.apply(prologue.apply(x).float()))
+        if self.spec.activation_bits == 8:
+            make = fused_transform if kernels.BACKENDS[self.running].fused else reference.fused_transform
+            return QuantizedInput(*make(x, self.transform, prologue))
+        with span("input_transform", x):
+            return QuantizedInput(self.transform.apply(prologue.apply(x).float()))
 
     def matmul(
         self, quantized: QuantizedInput, like: Tensor, residual: Tensor | None = None, gate: Tensor | None = None
@@ -169,8 +178,7 @@ class QuantLinear(nn.Module):
         if residual is not None and backend.adds_residual:
             added = {"residual": residual.reshape(len(a), self.out_features), "gate": gate}
         weight = self.weight_packed, self.weight_scale
-        with full_precision(a):
-            y = backend.matmul(a, act_scale, *weight, self.bias, self.restore, like.dtype, row_sum, **added)
+        y = backend.matmul(a, act_scale, *weight, self.bias, self.restore, like.dtype, row_sum, **added)
         y = y.reshape(*like.shape[:-1], self.out_features)
         return y if added else add_residual(y, residual, gate)
 
@@ -190,26 +198,6 @@ class QuantLinear(nn.Module):
 
 def _rotation(kind: str, block: int, matrices: Tensor | None) -> transforms.Rotation:
     return block if kind == "hadamard" else matrices
-
-
-def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """Keeps the host's autocast and reduced-precision matmuls (TF32; openpi allows them) out of the arithmetic."""
-    if x.is_meta:
-        return contextlib.nullcontext()
-    if torch.compiler.is_compiling():
-        return torch.autocast(x.device.type, enabled=False)
-    return _eager_full_precision(x.device.type)
-
-
-@contextlib.contextmanager
-def _eager_full_precision(device_type: str) -> Iterator[None]:
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def name_layers(model: nn.Module) -> None:

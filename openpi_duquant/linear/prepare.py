@@ -17,6 +17,6 @@ def prepare_(model: nn.Module) -> None:
     for layer in layers:
         by_place.setdefault((layer.backend, layer.weight_scale.device), []).append(layer)
     for (backend, device), members in by_place.items():
-        kernels.load(backend, [layer.spec.problem(layer.dtype) for layer in members], device)
+        kernels.load(backend, [layer.problem for layer in members], device)
     for layer in layers:
         layer.prepare()

@@ -139,7 +139,7 @@ def quantize_group(
     """
     lead = specs[next(iter(weights))]
     stacked = torch.cat([weight.float() for weight in weights.values()])
-    with span("weight_prequant", stacked, next(iter(weights))):
+    with span("weight_prequant", stacked, next(iter(weights))), transforms.full_precision(stacked):
         transform = fitting.fit_transform(
             stacked,
             config.rotation if lead.rotation_block else "none",

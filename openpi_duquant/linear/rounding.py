@@ -6,8 +6,8 @@ from torch import Tensor
 from openpi_duquant import gptq
 from openpi_duquant import quant
 from openpi_duquant.gptq import Feedback
-from openpi_duquant.linear.module import full_precision
 from openpi_duquant.transforms import Transform
+from openpi_duquant.transforms import full_precision
 
 DAMPENINGS = (0.01, 0.1, 1.0)
 """Dampenings that are tried on the other half of the calibration samples."""

@@ -5,6 +5,8 @@ import dataclasses
 import torch
 
 from openpi_duquant.kernels import Problem
+from openpi_duquant.kernels.backend import USUAL_TOKENS
+from openpi_duquant.kernels.backend import Workload
 
 SHARED_TENSORS = ("pre_rotation", "permutation", "rotation")
 """Tensors that the layers of one group have in common."""
@@ -64,8 +66,8 @@ class LayerSpec:
             tensors["output_rotation"] = torch.bfloat16, (n // b, b, b)
         return tensors
 
-    def problem(self, dtype: torch.dtype) -> Problem:
-        """What a backend is told of the layer, in a host that computes in `dtype`."""
+    def problem(self, dtype: torch.dtype, tokens: Workload = USUAL_TOKENS) -> Problem:
+        """What a backend is told of the layer, in a host that computes in `dtype` on so many `tokens`."""
         restored = self.output_rotation in ("hadamard", "matrix")
         return Problem(
             out_features=self.out_features,
@@ -76,4 +78,7 @@ class LayerSpec:
             output_rotation=self.output_rotation if restored else "none",
             output_block=self.output_rotation_block if restored else 0,
             dtype=dtype,
+            input_rotation=self.rotation,
+            input_block=self.rotation_block,
+            tokens=tokens,
         )

@@ -1,17 +1,23 @@
 """bench-linear, but for the measuring itself, which needs a GPU."""
 
+from collections.abc import Callable, Iterator
+import dataclasses
 import json
 import pathlib
 import re
 import sys
 from typing import Any
 
+import interpreted
 import pytest
 import torch
 
+from openpi_duquant import kernels
 from openpi_duquant.commands import linear_timing
 from openpi_duquant.commands import main
+from openpi_duquant.commands import simulation
 from openpi_duquant.commands.bench_linear import SHAPES
+from openpi_duquant.kernels import triton_matmul
 
 ROW = {
     "transform": 3.0, "matmul": 2.5, "epilogue": 1.25, "layer_us": 8.0, "tops": 30.0, "roofline": 0.5, "exact": True,
@@ -75,6 +81,83 @@ def test_results_of_another_gpu_are_not_mixed(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
     assert "was measured with pretended, here is another" in run(monkeypatch, *options)
     assert len(measured) == 1
+
+
+def test_the_transform_is_set_against_the_loop(
+    measured: list[tuple[Any, ...]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {"naive loop": 900.0, "naive loop, in a graph": 330.0, "triton, restored": 3.0}
+
+    def measure(*arguments: object) -> dict[str, object]:
+        measured.append(arguments[:4])
+        return ROW | {"transform": times[arguments[3]]}
+
+    monkeypatch.setattr(linear_timing, "measure", measure)
+    options = "--output", tmp_path, "--layers", "expert q", "--tokens", 10, "--backends"
+    assert run(monkeypatch, *options, *list(times)[:2]) == 0
+    assert "naive loop:" not in (tmp_path / "linear.md").read_text()
+    assert run(monkeypatch, *options, *times) == 0
+    assert [call[3] for call in measured] == list(times)
+    table = (tmp_path / "linear.md").read_text().partition("against the naive loop:")[2]
+    assert re.search(r"\| expert q \| +10 \| +900 \| +330 \| +3 \| +300 \| +110 \|", table)
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything that is timed runs once, on the CPU; Triton in its interpreter."""
+
+    def once(work: Callable[..., object], *_: object) -> float:
+        try:
+            work(0)
+        except TypeError:
+            work()
+        return 2.0
+
+    triton = dataclasses.replace(
+        triton_matmul.BACKEND, can_run=lambda *_: (True, []), load=lambda *_: None, fused=False
+    )
+    monkeypatch.setitem(kernels.BACKENDS, "triton", triton)
+    monkeypatch.setattr(linear_timing, "_DEVICE", "cpu")
+    monkeypatch.setattr(linear_timing, "L2_BYTES", 1)
+    for name in ("microseconds", "wall_microseconds"):
+        monkeypatch.setattr(linear_timing, name, once)
+    with interpreted.operators():
+        yield
+
+
+RATES = {"memory TB/s": 4.0, "bf16 TFLOP/s": 800.0, "int8 TOP/s": 1600.0}
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU")
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("backend", ["triton", "triton, restored"])
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_row_says_whether_sums_are_exact(backend: str, monkeypatch: pytest.MonkeyPatch, *, fault: bool) -> None:
+    right = kernels.BACKENDS["triton"].matmul
+    if fault:
+        wrong = dataclasses.replace(kernels.BACKENDS["triton"], matmul=lambda *given: right(*given) + 1)
+        monkeypatch.setitem(kernels.BACKENDS, "triton", wrong)
+    row = linear_timing.measure(3, 64, 128, backend, RATES)
+    assert row["exact"] is not fault
+    assert (row["transform"], row["matmul"], row["layer_us"]) == (2.0, 2.0, 2.0)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("backend", ["naive loop", "naive loop, in a graph"])
+def test_the_naive_loop_is_the_research_codes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    products = []
+    plain = simulation.rotate
+
+    def rotate(x: torch.Tensor, matrices: torch.Tensor, style: simulation.Style) -> torch.Tensor:
+        products.append((tuple(matrices.shape), style))
+        return plain(x, matrices, style)
+
+    monkeypatch.setattr(simulation, "rotate", rotate)
+    row = linear_timing.measure(3, 64, 128, backend, RATES)
+    assert (row["transform"], row["layer_us"], row["exact"], row["note"]) == (2.0, 2.0, None, "no integers")
+    before, after = ((8, 16, 16), simulation.Style()), ((4, 16, 16), simulation.Style())
+    assert products == [before, before, after]
 
 
 @pytest.mark.parametrize(("option", "name"), [("--layers", "expert x"), ("--backends", "cutlass")])

@@ -44,6 +44,26 @@ def test_versions_and_every_backend_are_shown(
     assert "broken" not in report
 
 
+@pytest.mark.parametrize(
+    ("refusing", "taken"),
+    [
+        ((), "the fastest of triton, bitblas, layer by layer"),
+        (("triton",), "bitblas"),
+        (("bitblas",), "triton"),
+        (("triton", "bitblas"), "reference"),
+    ],
+)
+def test_on_a_gpu_auto_is_the_fastest_that_runs(
+    doctor: Callable[[], tuple[object, str]], monkeypatch: pytest.MonkeyPatch, refusing: tuple[str, ...], taken: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("triton", "bitblas"):
+        answer = name not in refusing, ["no"]
+        backend = kernels.Backend(lambda *_: None, can_run=lambda *_, answer=answer: answer)
+        monkeypatch.setitem(kernels.BACKENDS, name, backend)
+    assert re.search(rf"^backend auto +takes {taken}$", doctor()[1], re.MULTILINE)
+
+
 @pytest.mark.parametrize("version", ["2.6.1", "2.7.0", "2.14.0", "3.0.0+cpu"])
 def test_a_torch_that_does_not_fit_is_broken_with_status_1(
     doctor: Callable[[], tuple[object, str]], monkeypatch: pytest.MonkeyPatch, version: str

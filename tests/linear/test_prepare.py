@@ -19,6 +19,7 @@ from openpi_duquant.kernels import Backend
 from openpi_duquant.kernels import Problem
 from openpi_duquant.kernels import reference
 from openpi_duquant.linear import QuantLinear
+from openpi_duquant.linear import module
 from openpi_duquant.linear import prepare_
 
 K, N = 48, 24
@@ -76,6 +77,21 @@ def test_its_layout_is_not_seen_in_results_or_files(mirrored: Mirrored, changes:
     assert [row_sum is not None for row_sum in mirrored.row_sums] == [wanted]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_fused_transform_runs_for_backends_that_want_it(monkeypatch: pytest.MonkeyPatch, *, fused: bool) -> None:
+    calls = []
+
+    def fused_transform(*given: object) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append(given)
+        return reference.fused_transform(*given)
+
+    monkeypatch.setattr(module, "fused_transform", fused_transform)
+    monkeypatch.setitem(kernels.BACKENDS, "bitblas", Backend(reference.matmul, fused=fused))
+    x = torch.randn(5, K)
+    assert torch.equal(quantized("bitblas")(x), quantized("reference")(x))
+    assert len(calls) == fused
+
+
 def test_a_state_dict_may_come_before_and_after_the_first_use(mirrored: Mirrored) -> None:
     del mirrored
     layer, x = quantized("bitblas"), torch.randn(5, K)
@@ -122,7 +138,11 @@ def test_a_loaded_policy_is_prepared(mirrored: Mirrored, converted: Callable[[st
     policy = load_policy(converted("default"), backend="bitblas")
     layers = [module for module in policy.modules() if isinstance(module, QuantLinear)]
     assert {layer.running for layer in layers} == {"bitblas"}
-    assert mirrored.loaded[0] == {layer.spec.problem(torch.bfloat16) for layer in layers}
+    assert mirrored.loaded[0] == {layer.problem for layer in layers}
+    seen = {
+        name.split(".")[1]: layer.tokens for name, layer in policy.named_modules() if isinstance(layer, QuantLinear)
+    }
+    assert seen == {"paligemma": ((544, 1), (968, 1)), "gemma_expert": ((10, 10), (50, 10))}
 
 
 def test_a_backend_that_cannot_run_here_stops_the_load(converted: Callable[[str], pathlib.Path]) -> None:

@@ -12,4 +12,4 @@ from openpi_duquant.kernels.bitblas.loading import load
 from openpi_duquant.kernels.bitblas.operators import canonical
 from openpi_duquant.kernels.bitblas.operators import repack
 
-BACKEND = Backend(matmul, can_run, load, repack, canonical)
+BACKEND = Backend(matmul, can_run, load, repack, canonical, fused=True)

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 import json
-import os
 import pathlib
-import tempfile
 from typing import Any, NamedTuple
 
-from openpi_duquant import config
+from openpi_duquant.environment import cache_folder
 from openpi_duquant.kernels.bitblas import patches
+from openpi_duquant.kernels.files import write_whole
 
 
 class Entry(NamedTuple):
@@ -29,8 +28,8 @@ class Entry(NamedTuple):
 
     def store(self, code: bytes, launch: Mapping[str, int]) -> None:
         """Writes both files; another process that does the same at the same time does no harm."""
-        _replace(self.path.with_suffix(".cubin"), code)
-        _replace(self.path, json.dumps(launch).encode())
+        write_whole(self.path.with_suffix(".cubin"), code)
+        write_whole(self.path, json.dumps(launch).encode())
 
     def read(self) -> tuple[bytes, dict[str, Any]]:
         """What `store` wrote."""
@@ -54,7 +53,7 @@ def find(name: str, architecture: str, driver: tuple[int, int]) -> Entry | None:
 
 
 def _root() -> pathlib.Path:
-    return config.cache_folder() / "bitblas"
+    return cache_folder() / "bitblas"
 
 
 def _prefix(architecture: str) -> str:
@@ -64,11 +63,3 @@ def _prefix(architecture: str) -> str:
 def _version(text: str) -> tuple[int, int]:
     major, minor = text.split(".")
     return int(major), int(minor)
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.chmod(file.name, 0o644)  # noqa: PTH101
-    os.replace(file.name, path)  # noqa: PTH105

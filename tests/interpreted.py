@@ -1,0 +1,66 @@
+"""The custom operators on a CPU: their Triton kernels in the interpreter, which must not be given 16-bit dots."""
+
+from collections.abc import Iterator
+import contextlib
+
+import torch
+from torch import Tensor
+
+from openpi_duquant.kernels import attention
+from openpi_duquant.kernels import transform
+from openpi_duquant.kernels.tiles import Tile
+
+TILES = {torch.uint8: Tile(16, 32, 32, 2, 4, 2), torch.int8: Tile(16, 32, 64, 1, 4, 2)}
+
+
+def _fused_transform(x: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tensor]:
+    from openpi_duquant.kernels import transform_triton  # noqa: PLC0415
+
+    *tensors, geglu, norm = operands
+    outputs = transform._outputs(x, geglu=geglu)
+    transform_triton.launch(x, *tensors, outputs, geglu=geglu, norm=norm, float32=True)
+    return outputs
+
+
+def _triton_matmul(a: Tensor, act_scale: Tensor, weight: Tensor, *operands: object) -> Tensor:
+    from openpi_duquant.kernels import matmul_triton  # noqa: PLC0415
+
+    *rest, dtype = operands
+    out = a.new_empty(len(a), len(weight), dtype=dtype)
+    matmul_triton.launch(out, a, act_scale, weight, *rest, TILES[weight.dtype], interpreted=True)
+    return out
+
+
+def _epilogue(accumulators: Tensor, *operands: object) -> Tensor:
+    from openpi_duquant.kernels import epilogue_triton  # noqa: PLC0415
+
+    *tensors, dtype = operands
+    out = accumulators.new_empty(accumulators.shape, dtype=dtype)
+    epilogue_triton.launch(out, accumulators, *tensors, part=epilogue_triton.tl.float16)
+    return out
+
+
+def _rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
+
+    rotated = attention._rotary_fake(qkv, cos, sin)
+    attention_triton.launch_rotary(rotated, qkv, cos, sin)
+    return rotated
+
+
+def _attend(q: Tensor, *operands: object) -> Tensor:
+    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
+
+    *tensors, state_first = operands
+    out, shape = q.new_empty(q.shape), attention_triton.Shape(16, 16, 2, 4)
+    attention_triton.launch_attend(out, q, *tensors, state_first=state_first, exact=True, shape=shape)
+    return out
+
+
+@contextlib.contextmanager
+def operators() -> Iterator[None]:
+    """Gives the operators their CPU versions."""
+    with torch.library._scoped_library("openpi_duquant", "FRAGMENT") as library:
+        for run in (_fused_transform, _triton_matmul, _epilogue, _rotary, _attend):
+            library.impl(run.__name__.removeprefix("_"), run, "CPU")
+        yield
