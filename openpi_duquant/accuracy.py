@@ -39,8 +39,8 @@ def weight_error(weight: Tensor, spec: LayerSpec, tensors: Mapping[str, Tensor],
     expected = transforms.rotate_rows(transform.dual().apply(weight.float()), transforms.inverse(layer.restore))
     if moment is None:
         return relative_error(stored, expected)
-    moment = transform.apply(transform.apply(moment.double()).T)
-    return _ratio(*(gptq.output_error(of, moment).item() for of in (stored - expected, expected)))
+    moment = transform.of_moment(moment.double())
+    return _ratio(*(gptq.output_error(of, moment).sum().item() for of in (stored - expected, expected)))
 
 
 def layer_errors(folded: nn.Module, quantized: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, float]:

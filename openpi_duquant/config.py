@@ -50,8 +50,9 @@ class DuQuantConfig:
         row_rotation: Rotation of output rows: "0" (none), "restore" (undone after the matmul) or "propagate" (of v
             only, undone in the columns of o).
         output_rotation_block: Rows that are rotated together; none means rotation_block.
-        activation_percentile: Percentile, above 0 and at most 100, at which calibrated (static) activation scales clip.
-        calibration_steps: 0 for dynamic per-token activation scales; static scales need calibration data.
+        activation_percentile: Percentile, above 0 and at most 100, at which static activation scales would clip.
+        calibration_steps: 0: activation scales are dynamic, per token. Static ones are not made: they err more and save
+            next to nothing (docs/accuracy.md).
 
     Raises:
         DuQuantError: On a value outside the ones named above.
@@ -178,7 +179,10 @@ _RULES: dict[str, Rule] = {
     "row_rotation": _one_of("0", "restore", "propagate"),
     "output_rotation_block": _optional(_BLOCK),
     "activation_percentile": (_is_percentile, "above 0 and at most 100"),
-    "calibration_steps": ((lambda value: type(value) is int and value == 0), "0: static scales need calibration data"),
+    "calibration_steps": (
+        (lambda value: type(value) is int and value == 0),
+        "0: there are no static scales, docs/accuracy.md says why",
+    ),
 }
 """What every field must be."""
 

@@ -151,7 +151,8 @@ def test_the_manifest_says_what_error_every_layer_that_runs_has(
     normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     gain = 1 + original.language_model.layers[0].input_layernorm.weight
     expected = (normed * gain) @ original.get_submodule(layer).weight.T
-    difference = converted.get_submodule(layer)(normed) - expected
+    kept = 1 + converted.language_model.layers[0].input_layernorm.weight
+    difference = converted.get_submodule(layer)(normed * kept) - expected
     assert errors[layer] == pytest.approx((difference.norm() / expected.norm()).item(), rel=1e-3)
 
 
