@@ -84,8 +84,8 @@ def calibrate_layers(
     policy = assemble(plan.architecture, source, {}, backend="reference", dtype=dtype, device=device)
     schedule = policy.tabulated(recording.num_steps)
     states = record_states(policy, recording.examples, schedule)
-    del policy
     calibrator = Calibrator(plan.architecture, plan.config, plan.layers, states, schedule, dtype)
+    del policy, states  # the calibrator's move on
     for names in units(plan):
         if (index := decoder_layer(names[0])) is None:
             continue
