@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 import pathlib
 import re
+import shutil
 import types
 import weakref
 
 import pytest
+from safetensors import SafetensorError
 import torch
 from torch import Tensor
 from torch import nn
@@ -294,6 +296,45 @@ def test_an_interrupted_conversion_goes_on_and_comes_to_the_same(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_disk_that_fills_up_leaves_what_is_done(
+    checkpoints: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, given = checkpoints / "pi0", recording(checkpoints / "pi0", 1)
+
+    def full(_: object, path: pathlib.Path, *__: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DuQuantError, match=r"layer_01\.safetensors: cannot be written"):
+        convert(source, tmp_path / "target", CONFIG, calibration=given, progress=lambda _: patch.setattr(
+            calibrated, "save_file", full))  # fmt: skip
+    left = {path.name for path in (tmp_path / ".target.calibration").iterdir()}
+    assert left == {"key.json", "lock", "layer_00.safetensors"}
+
+
+def test_room_is_made_sure_of_for_calibrated_layers_beside_the_result(
+    checkpoints: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, given = checkpoints / "pi0", recording(checkpoints / "pi0", 1)
+    counts = convert(source, tmp_path / "nearest", CONFIG).counts
+    usage = types.SimpleNamespace(free=counts["bytes"] + counts["quantized_bytes"] // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    convert(source, tmp_path / "fits", CONFIG)
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(DuQuantError, match="target: takes"):
+        convert(source, tmp_path / "target", CONFIG, calibration=given)
+    usage.free = 10 * counts["bytes"]
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "target", CONFIG, calibration=given, progress=interrupt)
+    usage.free = (
+        counts["bytes"] + counts["quantized_bytes"] // 2 + 30_000
+    )  # for the norms; half of the layers are there
+    convert(source, tmp_path / "target", CONFIG, calibration=given)
+
+
 @pytest.mark.parametrize("change", ["config", "observations"])
 def test_what_was_done_for_something_else_is_done_again(
     checkpoints: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, change: str
@@ -323,6 +364,8 @@ def test_two_conversions_to_one_target_do_not_mix(checkpoints: pathlib.Path, tmp
     [
         (DuQuantConfig(weight_rounding="gptq"), False, "'gptq' needs calibration data"),
         (DuQuantConfig(keep_error_below=0.1), False, "keep_error_below needs calibration data"),
+        (DuQuantConfig(attention_temperature=True), False, "attention_temperature needs calibration data"),
+        (DuQuantConfig(output_energy=True), False, "output_energy needs calibration data"),
         (DuQuantConfig(weight_rounding="nearest"), True, "does not look at calibration data"),
     ],
 )
