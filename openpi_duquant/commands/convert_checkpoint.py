@@ -132,7 +132,8 @@ def _rounding(manifest: Manifest) -> str:
     rows = [(name, manifest.layers[name].weight_bits, f"{errors[name]:.4f}") for name in worst]
     return (
         f"calibrated: relative error of a layer's outputs {statistics.mean(errors.values()):.4f} on average, "
-        f"{len(raised)} layers raised to 8 bits, {added:,} bytes more; the largest:\n{markdown_table(('layer', 'bits', 'error'), rows)}"
+        f"{len(raised)} layers raised to 8 bits, {added:,} bytes more; the largest:\n"
+        f"{markdown_table(('layer', 'bits', 'error'), rows)}"
     )
 
 
