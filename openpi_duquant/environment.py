@@ -86,7 +86,7 @@ class Environment:
 RUNTIMES = ("engine", "module")
 """This project's own forward pass, or openpi's with its linear layers replaced."""
 
-BACKENDS = ("auto", "bitblas", "humming", "triton", "reference", "fake")
+BACKENDS = ("auto", "triton", "bitblas", "reference", "fake")
 
 
 def _choice(allowed: tuple[str, ...]) -> Callable[[str], str]:

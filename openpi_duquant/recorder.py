@@ -52,10 +52,11 @@ class Recorder:
         self._random = random.Random(seed)
         self._noise = torch.Generator().manual_seed(seed)
         self._kept: list[tuple[int, Example]] = []
+        self._watched: list[tuple[Any, Any]] = []
         self._seen = 0
 
     def watch(self, policy: Any) -> None:  # noqa: ANN401
-        """Records every call of an openpi Policy from now on, of PyTorch or JAX; its answers are what they were.
+        """Records every call of an openpi Policy until the block is left, of PyTorch or JAX; its answers stay the same.
 
         Raises:
             DuQuantError: If it is no openpi Policy of a model in this process.
@@ -70,6 +71,7 @@ class Recorder:
             self.see(observation, actions.shape[1:], kwargs.get("noise"))
             return actions
 
+        self._watched.append((policy, sample_actions))
         policy._sample_actions = recorded  # noqa: SLF001
 
     def see(self, observation: Any, actions: tuple[int, int], noise: Any = None) -> None:  # noqa: ANN401
@@ -95,7 +97,10 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Writes what was kept; a warning where there is nothing."""
+        """Writes what was kept; a warning where there is nothing. The policies are as they were."""
+        for policy, sample_actions in reversed(self._watched):
+            policy._sample_actions = sample_actions  # noqa: SLF001
+        self._watched.clear()
         if not self._kept:
             logger.warning("%s is not made: the policy was never called", self.folder)
             return

@@ -161,8 +161,12 @@ def test_no_original_states_are_kept_while_layers_are_calibrated(
         assert not any(tensor() is not None for tensor in first)
 
     monkeypatch.setattr(calibrated, "record_states", spy)
-    source = checkpoints / "float32"
-    convert(source, tmp_path / "target", CONFIG, calibration=recording(source, 2), progress=check)
+    source, observed = checkpoints / "float32", []
+    convert(
+        source, tmp_path / "target", CONFIG,
+        calibration=recording(source, 5), progress=check, observed=observed.append,
+    )  # fmt: skip
+    assert sum(observed) == 5
 
 
 def test_what_reads_the_time_step_alone_is_rounded_to_nearest(

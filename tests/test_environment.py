@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from openpi_duquant import kernels
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.environment import BACKENDS
 from openpi_duquant.environment import SWITCHES
 from openpi_duquant.environment import VARIABLES
 from openpi_duquant.environment import Environment
@@ -98,7 +100,7 @@ def test_an_unknown_variable_is_named_with_a_hint(name: str, hint: str | None) -
         ("WBITS", "a", "name:bits"),
         ("ABITS", "4", "8, 16"),
         ("RUNTIME", "graph", "engine, module"),
-        ("BACKEND", "cutlass", "auto, bitblas, .*fake"),
+        ("BACKEND", "cutlass", "auto, triton, .*fake"),
         ("AUTO", "off", "0 or 1"),
     ],
 )
@@ -110,3 +112,7 @@ def test_a_malformed_value_names_its_variable(key: str, text: str, reason: str) 
 def test_the_process_environment_is_read_without_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENPI_DUQUANT_BLOCK", "128")
     assert read_environment().fields["rotation_block"] == 128
+
+
+def test_a_variable_names_the_backends_that_there_are() -> None:
+    assert set(BACKENDS) == {"auto", *kernels.BACKENDS}

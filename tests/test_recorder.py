@@ -83,6 +83,19 @@ def test_calls_are_answered_as_before_and_kept_in_order(tmp_path: pathlib.Path) 
     }  # fmt: skip
 
 
+def test_a_policy_is_let_go_when_the_block_is_left(tmp_path: pathlib.Path) -> None:
+    policy = FakePolicy()
+    before = policy._sample_actions
+    with Recorder(tmp_path / "first") as first, Recorder(tmp_path / "second") as second:
+        first.watch(policy)
+        second.watch(policy)
+        policy.infer(numbered(0))
+    assert numbers(tmp_path / "first") == numbers(tmp_path / "second") == [0]
+    policy.infer(numbered(1))
+    assert (first._seen, second._seen) == (1, 1)
+    assert policy._sample_actions == before
+
+
 def test_the_policy_draws_the_noise_that_it_would_have_drawn(tmp_path: pathlib.Path) -> None:
     torch.manual_seed(0)
     expected = torch.randn(3)

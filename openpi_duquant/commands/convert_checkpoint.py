@@ -1,8 +1,9 @@
 """openpi-duquant convert-checkpoint."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import pathlib
 import statistics
 import time
@@ -21,7 +22,7 @@ from openpi_duquant.conversion import convert
 from openpi_duquant.conversion import make_plan
 from openpi_duquant.conversion import open_source
 from openpi_duquant.environment import read_environment
-from openpi_duquant.progress import progress_bar
+from openpi_duquant.progress import progress_bars
 from openpi_duquant.recording import load_recording
 from openpi_duquant.report import markdown_table
 
@@ -82,8 +83,14 @@ def convert_checkpoint(
     if target is None:
         target = (packdir or source.resolve().parent) / f"{source.resolve().name}-{preset}"
     start = time.monotonic()
-    with progress_bar(f"Converting {source.name}", before) as progress:
-        manifest = convert(source, target, config, calibration=recording, device=where, progress=progress)
+    with progress_bars() as bars:
+
+        def bar(title: str, total: int) -> Callable[[int], None]:
+            return functools.partial(bars.advance, bars.add_task(title, total=total))
+
+        advance = {"observed": bar("Running the original", len(recording.examples))} if recording else {}
+        advance["progress"] = bar(f"Converting {source.name}", before)
+        manifest = convert(source, target, config, calibration=recording, device=where, **advance)
     console.print(_totals(manifest.counts, len(manifest.folds), before))
     console.print(_rounding(manifest))
     console.print(f"wrote {target} in {time.monotonic() - start:.0f} s")

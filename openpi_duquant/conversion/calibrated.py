@@ -73,6 +73,7 @@ def calibrate_layers(
     recording: Recording,
     device: torch.device | str,
     progress: Progress,
+    observed: Progress,
 ) -> tuple[Plan, dict[str, Any]]:
     """Calibrates the decoder layers of both models; those that the folder holds already are only run.
 
@@ -83,6 +84,7 @@ def calibrate_layers(
         recording: The observations.
         device: Where it is done: in bf16 on a GPU, else in fp32.
         progress: Called with source bytes as they are done.
+        observed: Called with observations as the original has run on them.
 
     Returns:
         The plan with the bits that the layers got, and what was found, `Calibrator.errors` and `.corrections`.
@@ -93,7 +95,7 @@ def calibrate_layers(
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     policy = assemble(plan.architecture, source, {}, backend="reference", dtype=dtype, device=device)
     schedule = policy.tabulated(recording.num_steps)
-    states = record_states(policy, recording.examples, schedule)
+    states = record_states(policy, recording.examples, schedule, observed)
     calibrator = Calibrator(plan.architecture, plan.config, plan.layers, states, schedule, dtype)
     del policy, states  # the calibrator's move on
     for names in units(plan):

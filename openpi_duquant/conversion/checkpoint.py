@@ -39,6 +39,7 @@ def convert(
     calibration: Recording | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = lambda _: None,
+    observed: Progress = lambda _: None,
 ) -> Manifest:
     """Converts a checkpoint of openpi into a W4A8 checkpoint.
 
@@ -52,6 +53,7 @@ def convert(
         calibration: Observations that the weights are rounded for, see `calibration.calibrate`; None: to the nearest.
         device: Where the arithmetic is done, one decoder layer at a time.
         progress: Called with source bytes as they are done.
+        observed: Called with observations as the original has run on them.
 
     Returns:
         The manifest of the result.
@@ -71,7 +73,7 @@ def convert(
         if calibration is not None:
             key = [before, calibration.info, config.to_json(), version, str(device)]
             folder = stack.enter_context(kept_until_done(target, key))
-            plan, found = calibrate_layers(folder, reader, plan, calibration, device, progress)
+            plan, found = calibrate_layers(folder, reader, plan, calibration, device, progress, observed)
             calibrated = functools.partial(layer_tensors, folder)
         partial = stack.enter_context(renamed_when_whole(target))
         with SafetensorsWriter(partial / WEIGHTS_NAME, plan.types) as writer:

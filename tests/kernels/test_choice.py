@@ -181,6 +181,13 @@ def test_several_writers_leave_a_whole_file(tmp_path: pathlib.Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_failed_write_leaves_nothing(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        write_whole(tmp_path / "taken", b"content")
+    assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
+
+
 def test_a_backend_that_cannot_be_measured_is_left_out(stopwatch: Stopwatch, caplog: pytest.LogCaptureFixture) -> None:
     stopwatch.times[id(TRITON)] = RuntimeError("CUDA out of memory")
     assert kernels.resolve("auto", PROBLEM, CUDA) == "bitblas"
