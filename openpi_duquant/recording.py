@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from openpi_duquant.architecture import Architecture
 from openpi_duquant.checkpoint.files import renamed_when_whole
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.observation import CAMERAS
@@ -71,6 +72,21 @@ class Recording:
     def num_steps(self) -> int:
         """Denoising steps that were taken; openpi's 10 where the recording does not say."""
         return self.info.get("num_steps", 10)
+
+    def require_fit(self, architecture: Architecture) -> None:
+        """Raises DuQuantError, naming the first such example, if a policy of these sizes cannot read all of them."""
+        for index, example in enumerate(self.examples):
+            width, token = example.noise.shape[2], example.observation.tokenized_prompt.max().item()
+            if width != architecture.action_dim:
+                raise DuQuantError(
+                    f"observation {index}: actions are {width} wide, the policy's {architecture.action_dim}; "
+                    "record with this policy"
+                )
+            if token >= architecture.vocab_size:
+                raise DuQuantError(
+                    f"observation {index}: has token {token}, the policy knows {architecture.vocab_size}; "
+                    "record with this policy"
+                )
 
 
 def save_recording(folder: pathlib.Path | str, examples: Sequence[Example], info: Mapping[str, Any]) -> None:

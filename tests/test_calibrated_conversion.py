@@ -389,6 +389,21 @@ def test_inputs_that_are_not_finite_are_refused_by_name(checkpoints: pathlib.Pat
         convert(checkpoints / "pi0", tmp_path / "target", CONFIG, calibration=given)
 
 
+@pytest.mark.parametrize("which", ["noise", "tokens"])
+def test_observations_of_another_policy_are_refused(
+    checkpoints: pathlib.Path, tmp_path: pathlib.Path, which: str
+) -> None:
+    given = recording(checkpoints / "pi0", 2)
+    if which == "noise":
+        given.examples[1] = dataclasses.replace(given.examples[1], noise=torch.zeros(1, 10, 7))
+    else:
+        given.examples[1].observation.tokenized_prompt[0, 0] = 257_000
+    message = {"noise": "actions are 7 wide", "tokens": "has token 257000"}[which]
+    with pytest.raises(DuQuantError, match=f"observation 1: {message}.*; record with this policy"):
+        convert(checkpoints / "pi0", tmp_path / "target", CONFIG, calibration=given)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("preset", ["simple", "llm", "optimized"])
 def test_presets_of_one_model_are_calibrated(checkpoints: pathlib.Path, tmp_path: pathlib.Path, preset: str) -> None:
     config = dataclasses.replace(PRESETS[preset], rotation_block=16)

@@ -60,7 +60,7 @@ def convert(
 
     Raises:
         DuQuantError: On a source that is missing, damaged, already converted, not finite or changed meanwhile; on a
-            target that exists; or as `make_plan`.
+            target that exists; on observations of another policy; or as `make_plan`.
     """
     source, target = pathlib.Path(source), pathlib.Path(target)
     version = importlib.metadata.version("openpi-duquant")
@@ -68,6 +68,8 @@ def convert(
         reader = stack.enter_context(open_source(source))
         plan = make_plan(reader.types, config, calibrated=calibration is not None)
         _check_target(source, target, _disk_needed(target, plan, calibrated=calibration is not None))
+        if calibration is not None:
+            calibration.require_fit(plan.architecture)
         before = _identities(reader.files)
         found, calibrated = {}, None
         if calibration is not None:

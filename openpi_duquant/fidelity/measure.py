@@ -109,13 +109,15 @@ def measure(
         JSON values, see docs/accuracy.md.
 
     Raises:
-        DuQuantError: If a checkpoint is missing, damaged, or not made of the original; if the recording is too small.
+        DuQuantError: If a checkpoint is missing, damaged, or not made of the original; if the recording is too small or
+            of another policy; if the original's actions are not finite.
     """
     if settings.steps is None:
         settings = dataclasses.replace(settings, steps=recording.num_steps)
     kernels.check_name(settings.backend)
     names = labels(converted)
     manifests, architecture = _open(original, converted)
+    recording.require_fit(architecture)
     units = load_units(original, pi05=architecture.pi05, action_dim=architecture.action_dim, asset=settings.asset)
     calibration, held_out = split(recording.examples, settings)
     advance = progress("Running the original", len(calibration) + len(held_out))
@@ -231,6 +233,8 @@ def _run_original(
             for example in examples:
                 begin()
                 trajectories.append(denoise(policy, example, settings.steps))
+                if not trajectories[-1].x.isfinite().all():
+                    raise DuQuantError(f"{folder}: NaN or Inf on observation {len(trajectories) - 1} of those used")
                 advance()
     return trajectories[len(calibration) :], groups
 

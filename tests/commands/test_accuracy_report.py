@@ -23,6 +23,7 @@ from openpi_duquant import load_policy
 from openpi_duquant.checkpoint import SafetensorsReader
 from openpi_duquant.commands import main
 from openpi_duquant.recording import load_recording
+from openpi_duquant.recording import save_recording
 
 STEPS = 3
 PAGES = {"report.html", "report.md", "report.json"}
@@ -273,6 +274,22 @@ def test_mistakes_are_one_line(
     given = folders.get(converted_to, [converted("default")])
     with pytest.raises(SystemExit, match=rf"^(error: .*({message})[^\n]*|2)$"):
         report(original, *given, recording=recordings[original.name], output=tmp_path, **options)
+
+
+@pytest.mark.parametrize("fault", ["token", "nan"])
+def test_observations_that_the_original_cannot_use_are_refused(
+    fault: str, source: pathlib.Path, converted: Callable[[str], pathlib.Path], tmp_path: pathlib.Path,
+    recordings: dict[str, pathlib.Path],
+) -> None:  # fmt: skip
+    examples = load_recording(recordings["bfloat16"]).examples
+    if fault == "token":
+        examples[3].observation.tokenized_prompt[0, 0] = 257_000
+    else:
+        examples[3].noise[0, 0, 0] = torch.nan
+    save_recording(tmp_path / "own", examples, {})
+    message = {"token": "observation 3: has token 257000", "nan": "bfloat16: NaN or Inf on observation 3"}[fault]
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        report(source, converted("simple"), recording=tmp_path / "own", output=tmp_path / "out")
 
 
 def test_folders_of_one_name_are_told_apart(
