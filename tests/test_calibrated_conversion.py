@@ -358,7 +358,7 @@ def test_what_was_done_for_something_else_is_done_again(
 
 
 def test_two_conversions_to_one_target_do_not_mix(checkpoints: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    refused = pytest.raises(DuQuantError, match="target: another calibrated conversion is making it")
+    refused = pytest.raises(DuQuantError, match="target: another calibrated conversion is making it; wait")
     with kept_until_done(tmp_path / "target", "key"), refused:
         convert(checkpoints / "pi0", tmp_path / "target", CONFIG, calibration=recording(checkpoints / "pi0"))
 

@@ -47,7 +47,7 @@ def kept_until_done(target: pathlib.Path, key: object) -> Iterator[pathlib.Path]
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DuQuantError(f"{target}: another calibrated conversion is making it") from None
+            raise DuQuantError(f"{target}: another calibrated conversion is making it; wait until it is done") from None
         content, path = json.dumps(key, sort_keys=True), folder / "key.json"
         if not path.exists() or path.read_text() != content:
             for file in folder.glob("*.safetensors"):
