@@ -33,7 +33,7 @@ class Feedback(NamedTuple):
     """How the errors of channels reach those that are rounded after them.
 
     Attributes:
-        order: [K] int64, channels by ascending energy; rounded from the last, the strongest, to the first.
+        order: [K] int64, channels; rounded from the last to the first.
         factors: [K, K] fp32 in that order: L_jk / L_kk below the diagonal.
         moment: [K, K] fp32 in that order: H.
     """
@@ -68,16 +68,17 @@ def dampened(moment: Tensor, dampening: float) -> Tensor:
     return moment
 
 
-def error_feedback(moment: Tensor) -> Feedback:
+def error_feedback(moment: Tensor, order: Tensor | None = None) -> Feedback:
     """What GPTQ needs of the inputs; shared by all layers that read them.
 
     Args:
         moment: [K, K] E[x x^T] of the inputs as the weight meets them, floating point, positive definite.
+        order: [K] int64, channels from the last to be rounded to the first; by ascending energy when not given.
 
     Raises:
         DuQuantError: If it is not positive definite.
     """
-    order = moment.diagonal().argsort(stable=True)
+    order = moment.diagonal().argsort(stable=True) if order is None else order
     moment = moment[order[:, None], order]
     factor, failed = torch.linalg.cholesky_ex(moment.double())
     if failed:

@@ -91,7 +91,7 @@ def save_recording(folder: pathlib.Path | str, examples: Sequence[Example], info
     require_new(folder)
     if not examples:
         raise DuQuantError(f"{folder}: nothing to record: no observation was seen")
-    examples = [dataclasses.replace(example, observation=_compact(example.observation)) for example in examples]
+    examples = [dataclasses.replace(example, observation=compact(example.observation)) for example in examples]
     tensors = {
         f"{index:05}.{name}": tensor.clone(memory_format=torch.contiguous_format)  # examples may share some
         for index, example in enumerate(examples)
@@ -177,8 +177,8 @@ def _unflatten(tensors: Mapping[str, Tensor], prefix: str) -> Example:
     return Example(observation, tensors[prefix + "noise"])
 
 
-def _compact(observation: Observation) -> Observation:
-    """The same to every model, in fewer bytes: no masked images, and bytes where images are 8-bit values."""
+def compact(observation: Observation) -> Observation:
+    """The same to every model in fewer bytes: no image that is masked, and uint8 where images are 8-bit values."""
     masks = observation.image_masks
     live = [camera for camera in CAMERAS if camera in observation.images and (camera not in masks or masks[camera])]
     images = {camera: as_bytes(observation.images[camera]) for camera in live}

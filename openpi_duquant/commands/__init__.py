@@ -7,6 +7,7 @@ import sys
 
 import tyro
 
+from openpi_duquant.commands.accuracy_report import accuracy_report
 from openpi_duquant.commands.bench_convert import bench_convert
 from openpi_duquant.commands.bench_linear import bench_linear
 from openpi_duquant.commands.bench_policy import bench_policy
@@ -18,6 +19,7 @@ from openpi_duquant.commands.doctor import doctor
 from openpi_duquant.commands.evaluate_libero import evaluate_libero
 from openpi_duquant.commands.inspect_checkpoint import inspect_checkpoint
 from openpi_duquant.commands.make_checkpoint import make_checkpoint
+from openpi_duquant.commands.record_observations import record_observations
 from openpi_duquant.commands.serve_policy import serve_policy
 from openpi_duquant.commands.tune_tiles import tune_tiles
 from openpi_duquant.config import DuQuantError
@@ -28,6 +30,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "make-checkpoint": make_checkpoint,
     "serve-policy": serve_policy,
     "evaluate-libero": evaluate_libero,
+    "record-observations": record_observations,
+    "accuracy-report": accuracy_report,
     "demo": demo,
     "doctor": doctor,
     "build-kernels": build_kernels,

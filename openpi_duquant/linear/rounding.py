@@ -77,12 +77,12 @@ def fit_feedback(
     """
 
     def feedback(of: Tensor, share: float) -> Feedback:
-        return gptq.error_feedback(_transformed(gptq.dampened(of, share), transform))
+        return gptq.error_feedback(transform.of_moment(gptq.dampened(of, share)))
 
     halves = moment.halves
     if dampening is not None or not halves:
         return feedback(moment.whole, dampening or DAMPENINGS[len(DAMPENINGS) // 2])
-    held_out = _transformed(halves[1].double(), transform).float()
+    held_out = transform.of_moment(halves[1].double()).float()
     trial = weight[:: -(-len(weight) // _TRIAL_ROWS)]
     scale = quant.weight_scale(trial, bits)
     errors = {}
@@ -90,8 +90,3 @@ def fit_feedback(
         codes = gptq.gptq(trial, scale, bits, feedback(halves[0], share))
         errors[share] = gptq.output_error(trial - quant.dequantize_weight(codes, scale), held_out).sum().item()
     return feedback(moment.whole, min(errors, key=errors.__getitem__))
-
-
-def _transformed(moment: Tensor, transform: Transform) -> Tensor:
-    """The moment of transformed inputs: T^T H T for x -> x T."""
-    return transform.apply(transform.apply(moment).T)
