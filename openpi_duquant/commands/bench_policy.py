@@ -76,9 +76,14 @@ def bench_policy(
             bars.advance(task)
     if results["rows"].keys() == ROWS.keys():
         shutil.rmtree(scratch, ignore_errors=True)
+    elif scratch.exists():
+        console.print(f"{scratch} keeps converted weights for rows that are not measured yet")
     (output / "policy.md").write_text(markdown(results))
     chart(results, output / "policy.png")
     console.print(markdown(results))
+    failures = [f"{name}: {results['rows'][name]['failed']}" for name in wanted if "failed" in results["rows"][name]]
+    if failures and len(failures) == len(wanted):
+        raise DuQuantError(f"no row could be measured: {'; '.join(failures)}")
 
 
 def _is_wanted(name: str, rows: Sequence[str], done: dict[str, Any]) -> bool:
