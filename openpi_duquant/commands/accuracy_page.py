@@ -47,7 +47,7 @@ def _summary(results: Mapping[str, Any]) -> Section:
         actions, counts = row["actions"], row["counts"] or {}
         worst = actions["worst_dimension"]
         table.append((
-            row["checkpoint"], _bits(row["config"]), counts.get("layers", 0),
+            row["checkpoint"], row["bits"], counts.get("layers", 0),
             f"{counts['bytes'] / 1e6:.1f}" if counts else "", _error(actions["relative_l2"]),
             f"{actions['cosine_mean']:.6f}", f"{actions['cosine_min']:.6f}", worst,
             _error(actions["relative_error"][worst]), _error(row["mean_layer_error"]),
@@ -72,10 +72,6 @@ def _summary(results: Mapping[str, Any]) -> Section:
         if row["judged_by_its_calibration_data"]:
             text += f" {row['checkpoint']} was calibrated on these very observations: they are not held out."
     return Section("Summary", text, table)
-
-
-def _bits(config: Mapping[str, Any] | None) -> str:
-    return f"W{config['weight_bits']}A{config['activation_bits']}" if config else "not quantized"
 
 
 def _actions(results: Mapping[str, Any]) -> Section:
@@ -112,8 +108,8 @@ def _methods(results: Mapping[str, Any]) -> Section:
             (row["method"], row["layers"], _error(row["error"]), f"{row['of_rtn']:.3f}", _db(row["sqnr_db"]), *parts)
         )
     text = (
-        f"W4A8, mean relative error of the outputs of {len(results['method_layers'])} layers, on held-out inputs that "
-        f"the original gives them; methods that calibrate do so on {_range(results['method_rows'])} "
+        f"Methods are W4A8: mean relative error of the outputs of {len(results['method_layers'])} layers, on held-out "
+        f"inputs that the original gives them; methods that calibrate do so on {_range(results['method_rows'])} "
         "inputs of each. Checkpoints: those of these layers that they quantize, against rtn on the same. Weights are "
         "not folded for the methods. "
         f"Layers: {', '.join(map(_short, results['method_layers']))}."
@@ -154,7 +150,8 @@ def _worst(row: Mapping[str, Any]) -> Section:
         table.append((worst["layer"], *errors, worst["suggestion"]))
     text = (
         "8-bit weights of single layers: convert-checkpoint --layer-bits <layer> 8; with --calibration, "
-        "--keep-error-below chooses them. 16-bit activations, of all layers: --activation-bits 16."
+        "--keep-error-below chooses them. 16-bit activations, of all layers: --activation-bits 16. Layers are left out "
+        "by --exclude, a regular expression."
     )
     return Section(f"Worst layers of {row['checkpoint']}", text, table)
 

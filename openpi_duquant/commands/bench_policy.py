@@ -81,9 +81,10 @@ def bench_policy(
     (output / "policy.md").write_text(markdown(results))
     chart(results, output / "policy.png")
     console.print(markdown(results))
-    failures = [f"{name}: {results['rows'][name]['failed']}" for name in wanted if "failed" in results["rows"][name]]
-    if failures and len(failures) == len(wanted):
-        raise DuQuantError(f"no row could be measured: {'; '.join(failures)}")
+    asked = {name: results["rows"][name] for name in rows or ROWS}
+    if all("failed" in row for row in asked.values()):
+        reasons = "; ".join(f"{name}: {row['failed']}" for name, row in asked.items())
+        raise DuQuantError(f"no row could be measured: {reasons}")
 
 
 def _is_wanted(name: str, rows: Sequence[str], done: dict[str, Any]) -> bool:

@@ -124,12 +124,16 @@ def _rounding(manifest: Manifest) -> str:
             "they are rounded for what the policy sees, with a fraction of the error"
         )
     errors: dict[str, float] = manifest.calibration["errors"]
-    raised = [name for name, spec in manifest.layers.items() if spec.weight_bits > _asked_bits(manifest.config, name)]
+    if not errors:
+        return "weights rounded to nearest: the observations say nothing of the inputs of these layers"
+    raised = [spec for name, spec in manifest.layers.items() if spec.weight_bits > _asked_bits(manifest.config, name)]
+    added = sum(spec.in_features * spec.out_features // 2 for spec in raised)
     worst = sorted(errors, key=errors.__getitem__, reverse=True)[:WORST]
     rows = [(name, manifest.layers[name].weight_bits, f"{errors[name]:.4f}") for name in worst]
     return (
         f"calibrated: relative error of a layer's outputs {statistics.mean(errors.values()):.4f} on average, "
-        f"{len(raised)} layers raised to 8 bits; the largest:\n{markdown_table(('layer', 'bits', 'error'), rows)}"
+        f"{len(raised)} layers raised to 8 bits, {added:,} bytes more; the largest:\n"
+        f"{markdown_table(('layer', 'bits', 'error'), rows)}"
     )
 
 

@@ -9,6 +9,7 @@ import pathlib
 import shutil
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save_file
@@ -40,7 +41,7 @@ def kept_until_done(target: pathlib.Path, key: object) -> Iterator[pathlib.Path]
     Raises:
         DuQuantError: If another process has the folder.
     """
-    folder = target.parent / f".{target.name}.calibration"
+    folder = _folder(target)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
@@ -54,6 +55,15 @@ def kept_until_done(target: pathlib.Path, key: object) -> Iterator[pathlib.Path]
             path.write_text(content)
         yield folder
         shutil.rmtree(folder)
+
+
+def kept_bytes(target: pathlib.Path) -> int:
+    """Bytes of the layers that an interrupted conversion has left beside its target."""
+    return sum(path.stat().st_size for path in _folder(target).glob("*.safetensors"))
+
+
+def _folder(target: pathlib.Path) -> pathlib.Path:
+    return target.parent / f".{target.name}.calibration"
 
 
 def calibrate_layers(
@@ -84,8 +94,8 @@ def calibrate_layers(
     policy = assemble(plan.architecture, source, {}, backend="reference", dtype=dtype, device=device)
     schedule = policy.tabulated(recording.num_steps)
     states = record_states(policy, recording.examples, schedule)
-    del policy
     calibrator = Calibrator(plan.architecture, plan.config, plan.layers, states, schedule, dtype)
+    del policy, states  # the calibrator's move on
     for names in units(plan):
         if (index := decoder_layer(names[0])) is None:
             continue
@@ -113,7 +123,12 @@ def _path(folder: pathlib.Path, index: int) -> pathlib.Path:
 
 def _save(path: pathlib.Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"record": json.dumps(record)})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, partial, {"record": json.dumps(record)})
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise DuQuantError(f"{path}: cannot be written ({error}); the layers before it are kept") from None
     partial.rename(path)
 
 

@@ -20,12 +20,14 @@ from openpi_duquant.checkpoint.manifest import Manifest
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.conversion.calibrated import calibrate_layers
+from openpi_duquant.conversion.calibrated import kept_bytes
 from openpi_duquant.conversion.calibrated import kept_until_done
 from openpi_duquant.conversion.calibrated import layer_tensors
 from openpi_duquant.conversion.plan import Plan
 from openpi_duquant.conversion.plan import make_plan
 from openpi_duquant.conversion.tensors import Progress
 from openpi_duquant.conversion.tensors import convert_tensors
+from openpi_duquant.folds import decoder_layer
 from openpi_duquant.recording import Recording
 
 
@@ -63,7 +65,7 @@ def convert(
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(open_source(source))
         plan = make_plan(reader.types, config, calibrated=calibration is not None)
-        _check_target(source, target, plan.counts()["bytes"])
+        _check_target(source, target, _disk_needed(target, plan, calibrated=calibration is not None))
         before = _identities(reader.files)
         found, calibrated = {}, None
         if calibration is not None:
@@ -89,6 +91,15 @@ def _identities(paths: Sequence[pathlib.Path]) -> list[tuple[int, ...]]:
     """What changes when a file is written to or replaced."""
     states = [path.stat() for path in paths]
     return [(state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states]
+
+
+def _disk_needed(target: pathlib.Path, plan: Plan, *, calibrated: bool) -> int:
+    """Bytes of the result, and of the calibrated layers that lie beside it until it is whole, less what is there."""
+    needed = plan.counts()["bytes"]
+    if calibrated:
+        types = {name: kind for name, kind in plan.types.items() if decoder_layer(name) is not None}
+        needed += max(0, sum(iter_bytes(types)) - kept_bytes(target))
+    return needed
 
 
 def _check_target(source: pathlib.Path, target: pathlib.Path, needed: int) -> None:

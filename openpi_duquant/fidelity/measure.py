@@ -60,6 +60,9 @@ class Settings:
         dtype: Type that policies compute in; float32 takes twice the memory, and has no rounding of its own to see.
         device: cpu, cuda, cuda:1, or auto (cuda where there is one).
         backend: Backend of the quantized layers.
+
+    Raises:
+        DuQuantError: On a number that is too small.
     """
 
     steps: int | None = None
@@ -73,6 +76,17 @@ class Settings:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: str = "auto"
     backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise DuQuantError(f"{name}: {value} is less than {least}")
+
+
+_LEAST = {
+    "steps": 1, "limit": 1, "calibration": 0, "method_groups": 0, "method_width": 1, "method_rows": 1, "worst": 0
+}  # fmt: skip
 
 
 def measure(
@@ -107,6 +121,9 @@ def measure(
     advance = progress("Running the original", len(calibration) + len(held_out))
     expected, groups = _run_original(original, calibration, held_out, settings, advance)
     errors = _compare_methods(groups, settings, progress)
+    method_layers = [name for group in groups for name in group.weights]
+    method_rows = sorted({sum(map(len, group.calibration)) for group in groups})
+    del groups  # weights and inputs
     comparison = _Comparison(original, held_out, expected, units, settings, progress)
     rows = [
         {"checkpoint": name} | comparison.of(folder, manifest)
@@ -115,7 +132,10 @@ def measure(
     for row, manifest in zip(rows, manifests):
         used = manifest and manifest.calibration
         row["judged_by_its_calibration_data"] = bool(used and used.get("sha256") == recording.info.get("sha256"))
-    layer_errors = {row["checkpoint"]: {k: v["error"] for k, v in row["layers"].items()} for row in rows}
+    layer_errors = {
+        f"{row['checkpoint']}, {row['bits']}": {name: values["error"] for name, values in row["layers"].items()}
+        for row in rows
+    }
     return {
         "original": original.name,
         "observations": recording.info,
@@ -126,8 +146,8 @@ def measure(
         "units": units.name,
         "trace": comparison.actions(expected[:1])[0].tolist(),
         "checkpoints": rows,
-        "method_layers": [name for group in groups for name in group.weights],
-        "method_rows": sorted({sum(map(len, group.calibration)) for group in groups}),
+        "method_layers": method_layers,
+        "method_rows": method_rows,
         "methods": method_table(errors, layer_errors) if errors else [],
     }
 
@@ -148,6 +168,17 @@ def _open(original: pathlib.Path, converted: Sequence[pathlib.Path]) -> tuple[li
     return manifests, architecture
 
 
+def _bits(manifest: Manifest | None) -> str:
+    """What a checkpoint's layers have: "W4A8"; "W4/8A8" where some have more."""
+    if manifest is None:
+        return "not quantized"
+    weights, activations = (
+        "/".join(map(str, sorted({getattr(spec, kind) for spec in manifest.layers.values()})))
+        for kind in ("weight_bits", "activation_bits")
+    )
+    return f"W{weights}A{activations}"
+
+
 def split(examples: Sequence[Example], settings: Settings) -> tuple[list[Example], list[Example]]:
     """Examples to calibrate methods on, and the later ones to judge by.
 
@@ -156,7 +187,7 @@ def split(examples: Sequence[Example], settings: Settings) -> tuple[list[Example
     """
     used = list(examples)
     if settings.limit is not None and settings.limit < len(used):
-        places = torch.linspace(0, len(used) - 1, max(settings.limit, 0)).round().long().tolist()
+        places = torch.linspace(0, len(used) - 1, settings.limit).round().long().tolist()
         used = [used[place] for place in places]
     count = 0 if settings.method_groups == 0 else len(used) // 2
     if settings.calibration is not None:
@@ -243,6 +274,7 @@ class _Comparison:
         by_step = compare_steps(self.expected, actual) | {"expert_layers": expert_by_step(layers)}
         ratios = activation_ratios(layers)
         return {
+            "bits": _bits(manifest),
             "config": manifest.config.to_json() if manifest else None,
             "counts": manifest.counts if manifest else None,
             "backends": sorted({layer.running or layer.backend for layer in quantized.values()}),

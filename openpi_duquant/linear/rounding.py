@@ -21,22 +21,25 @@ class InputMoment:
     Args:
         width: K.
         device: Where the two [K, K] fp32 sums are held.
+
+    Attributes:
+        sample: Number of the next sample; to be set where samples come again, so that each stays in its half.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self._sums = torch.zeros(2, width, width, device=device)
         self._rows = [0, 0]
-        self._samples = 0
+        self.sample = 0
 
     def add(self, x: Tensor) -> None:
         """Counts in inputs [..., K]; a sample is one index of the first dimension, as in a batch."""
         samples = x.detach().reshape(len(x), -1, x.shape[-1]) if x.ndim > 1 else x.detach().reshape(1, 1, -1)
         for half in (0, 1):
-            rows = samples[(half + self._samples) % 2 :: 2].flatten(0, 1).float()
+            rows = samples[(half + self.sample) % 2 :: 2].flatten(0, 1).float()
             with full_precision(rows):
                 self._sums[half].addmm_(rows.T, rows)
             self._rows[half] += len(rows)
-        self._samples += len(samples)
+        self.sample += len(samples)
 
     @property
     def rows(self) -> int:

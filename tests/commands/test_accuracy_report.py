@@ -120,9 +120,9 @@ def test_all_methods_are_in_one_table(whole: tuple[pathlib.Path, dict[str, Any]]
     errors = {row["method"]: row["error"] for row in results["methods"]}
     assert {
         "rtn", "simple", "hadamard", "quarot-style", "duquant, as released", "textbook gptq", "default, calibrated",
-        "default, not calibrated", "checkpoint default", "checkpoint simple",
+        "default, not calibrated", "checkpoint default, W4A8", "checkpoint simple, W4A8",
     } == set(errors)  # fmt: skip
-    assert max(errors, key=errors.__getitem__) in ("rtn", "checkpoint simple")
+    assert max(errors, key=errors.__getitem__) in ("rtn", "checkpoint simple, W4A8")
     assert errors["default, calibrated"] < errors["default, not calibrated"] < errors["rtn"]
     assert 0 < len(results["method_layers"]) < 10
 
@@ -203,10 +203,9 @@ def test_a_damaged_layer_is_named_as_the_worst(
     assert row["layers"][layer]["activation_error"] < 0.02
     (worst,) = (part for part in row["components"] if part["error"] > 0.1)
     assert (worst["part"], worst["projection"], worst["worst_layer"]) == ("expert", "up", layer)
-    assert (
-        layer.replace("paligemma_with_expert.", "").replace(".model.", ".")
-        in (tmp_path / "out" / "report.md").read_text()
-    )
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert f"| {layer} " in text  # as --layer-bits takes it
+    assert layer.replace("paligemma_with_expert.", "").replace(".model.", ".") in text
 
 
 def test_it_fails_above_what_is_allowed_and_leaves_the_report(
@@ -220,6 +219,19 @@ def test_it_fails_above_what_is_allowed_and_leaves_the_report(
         report(source, converted("default"), **given, fail_above=1e-4)
     assert (tmp_path / "report.html").exists()
     assert report(source, converted("default"), **given, fail_above=0.9)["judged_by"] == 1
+
+
+def test_a_checkpoint_with_some_layers_of_8_bits_says_so(
+    source: pathlib.Path, recordings: dict[str, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    layer = "paligemma_with_expert.gemma_expert.model.layers.1.mlp.up_proj"
+    config = dataclasses.replace(PRESETS["simple"], layer_bits={layer: 8}, activation_bits=16)
+    convert(source, tmp_path / "converted", config)
+    given = {"recording": recordings["bfloat16"], "output": tmp_path / "out", "method_groups": 14}
+    results = report(source, tmp_path / "converted", **given)
+    assert results["checkpoints"][0]["bits"] == "W4/8A16"
+    assert "checkpoint converted, W4/8A16" in {row["method"] for row in results["methods"]}
+    assert "| W4/8A16 |" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_observations_of_the_calibration_are_pointed_out(
@@ -238,11 +250,13 @@ def test_observations_of_the_calibration_are_pointed_out(
         ("other", {}, r"was not converted from .*pi0, whose bytes are others"),
         ("float", {}, r"bfloat16: has other sizes than|not a pi0"),
         ("none", {}, r"name at least one|converted"),
-        ("default", {"limit": 0}, r"0 observations, 0 of them to calibrate on"),
+        ("default", {"limit": 0}, r"limit: 0 is less than 1"),
+        ("default", {"method_groups": -1}, r"method_groups: -1 is less than 0"),
+        ("default", {"method_rows": 0}, r"method_rows: 0 is less than 1"),
         ("default", {"calibration": 4}, r"4 observations, 4 of them to calibrate on"),
         ("default", {"asset": "x"}, r"has no norm stats of 'x'"),
         ("default", {"observations": "missing"}, r"observations\.json: is not there"),
-        ("default", {"steps": 0}, r"num_steps 0 at least 1"),
+        ("default", {"steps": 0}, r"steps: 0 is less than 1"),
     ],
 )
 def test_mistakes_are_one_line(
