@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import importlib.metadata
 import signal
 import sys
 
@@ -12,6 +13,7 @@ from openpi_duquant.commands.bench_convert import bench_convert
 from openpi_duquant.commands.bench_linear import bench_linear
 from openpi_duquant.commands.bench_policy import bench_policy
 from openpi_duquant.commands.build_kernels import build_kernels
+from openpi_duquant.commands.console import console
 from openpi_duquant.commands.convert_checkpoint import convert_checkpoint
 from openpi_duquant.commands.convert_checkpoint import defaults
 from openpi_duquant.commands.demo import demo
@@ -52,6 +54,9 @@ def main(command: str | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     arguments = sys.argv[1:]
     try:
+        if command is None and arguments == ["--version"]:
+            console.print(f"openpi-duquant {importlib.metadata.version('openpi-duquant')}")
+            return
         if command is None and arguments and arguments[0] in COMMANDS:
             command, *arguments = arguments
         if command is None:

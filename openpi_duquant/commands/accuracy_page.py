@@ -66,6 +66,9 @@ def _summary(results: Mapping[str, Any]) -> Section:
     if recorded.get("assets", "LIBERO") != "LIBERO":
         text += f" They were recorded in LIBERO with {recorded['assets']}."
     for row in results["checkpoints"]:
+        unread = (row["counts"] or {}).get("layers", 0) - len(row["layers"])
+        if unread:
+            text += f" {unread} layers of {row['checkpoint']} are not measured: no action reads what they give."
         if row["judged_by_its_calibration_data"]:
             text += f" {row['checkpoint']} was calibrated on these very observations: they are not held out."
     return Section("Summary", text, table)
@@ -89,8 +92,8 @@ def _steps(rows: Sequence[Mapping[str, Any]]) -> Section:
     table: list[Row] = [("step", *(title for title, _ in columns))]
     table += [(step, *map(_error, errors)) for step, errors in enumerate(zip(*(errors for _, errors in columns)))]
     text = (
-        "velocity: the field that the expert gives; x: what is left of the noise after the step, the last are the "
-        "actions; both as each policy goes its own way, in the model's units. Expert's layers: their mean error on the "
+        "velocity: the field that the expert gives; x: the noisy actions after the step, after the last the actions; "
+        "both as each policy goes its own way, in the model's units. Expert's layers: their mean error on the "
         "original's inputs."
     )
     return Section("Denoising steps", text, table, "steps.png")
@@ -146,9 +149,9 @@ def _worst(row: Mapping[str, Any]) -> Section:
         errors = (_error(worst[name]) for name in ("error", "by_weights", "by_activations"))
         table.append((worst["layer"], *errors, worst["suggestion"]))
     text = (
-        "8-bit weights of single layers: --layer-bits <layer> 8 or OPENPI_DUQUANT_WBITS=<layer>:8. 16-bit activations, "
-        "of all layers: --activation-bits 16 or OPENPI_DUQUANT_ABITS=16. Layers are left out by --exclude, a regular "
-        "expression, or OPENPI_DUQUANT_EXCLUDE."
+        "8-bit weights of single layers: convert-checkpoint --layer-bits <layer> 8; with --calibration, "
+        "--keep-error-below chooses them. 16-bit activations, of all layers: --activation-bits 16. Layers are left out "
+        "by --exclude, a regular expression."
     )
     return Section(f"Worst layers of {row['checkpoint']}", text, table)
 

@@ -41,6 +41,8 @@ def _actions(results: Mapping[str, Any]) -> Figure:
             panel.plot([step[d] for step in row["trace"]], linestyle="--", label=row["checkpoint"])
         panel.set_title(f"dimension {d}", fontsize=9)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.supxlabel("action of the chunk")
+    figure.supylabel(results["units"])
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
@@ -70,7 +72,7 @@ def _layers(rows: Sequence[Mapping[str, Any]]) -> Figure:
         color = f"C{index}"
         panel.plot(list(layers), [v["error"] for v in layers.values()], ".", color=color, label=row["checkpoint"])
         alone = {place: v["activation_error"] for place, v in layers.items() if v["activation_error"] is not None}
-        panel.plot(list(alone), list(alone.values()), "x", markersize=3, color=color, alpha=0.5)
+        panel.plot(list(alone), list(alone.values()), "x+"[index % 2], markersize=4, color=color)
     panel.set(title="Error of every layer; crosses: by activations alone", xlabel="layer", ylabel="relative error")
     _from_zero(panel)
     parts = [component(name)[0] for name in names]

@@ -61,6 +61,8 @@ def accuracy_report(
     (output / "report.html").write_text(html(parts, results, pictures))
     for row in results["checkpoints"]:
         console.print(f"{row['checkpoint']}: relative L2 error of the actions {row['actions']['relative_l2']:.4f}")
+        if row["judged_by_its_calibration_data"]:
+            console.print(f"warning: {row['checkpoint']} was calibrated on these very observations; judge it by others")
     console.print(f"wrote {output}/report.html, .md and .json, {', '.join(path.name for path in pictures)}")
     _check(results, fail_above)
 
