@@ -127,8 +127,8 @@ def _rounding(manifest: Manifest) -> str:
     """How the weights were rounded, and which layers have the most error."""
     if manifest.calibration is None:
         return (
-            "weights rounded to nearest: with recorded observations (record-observations, then --calibration) "
-            "they are rounded for what the policy sees, with a fraction of the error"
+            "weights rounded to nearest; for less error, record what the policy sees (record-observations) "
+            "and give it as --calibration"
         )
     errors: dict[str, float] = manifest.calibration["errors"]
     if not errors:
@@ -138,8 +138,9 @@ def _rounding(manifest: Manifest) -> str:
     worst = sorted(errors, key=errors.__getitem__, reverse=True)[:WORST]
     rows = [(name, manifest.layers[name].weight_bits, f"{errors[name]:.4f}") for name in worst]
     return (
-        f"calibrated: relative error of a layer's outputs {statistics.mean(errors.values()):.4f} on average, "
-        f"{len(raised)} layers raised to 8 bits, {added:,} bytes more; the largest:\n"
+        "calibrated: relative error of a layer's outputs, on these observations, "
+        f"{statistics.mean(errors.values()):.4f} on average, {len(raised)} layers raised to 8 bits, "
+        f"{added:,} bytes more; the largest:\n"
         f"{markdown_table(('layer', 'bits', 'error'), rows)}"
     )
 
