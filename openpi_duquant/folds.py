@@ -1,6 +1,6 @@
 """Exact changes to floating-point weights that take a transform off the run time.
 
-(a) `norm_gain`: Gemma's (1 + w) into the columns of all consumers of the norm; w becomes 0.
+(a) `norm_gain`: Gemma's (1 + w) into the columns of all consumers of the norm, save what balances the two.
 (b) `down_permutation`: the permutation of `down`'s input into the rows of `gate` and `up` (GeGLU is elementwise).
 (c) `value_head`: one permutation and rotation of the value head per layer, into the rows of `v` and the columns of `o`,
     the same for all query heads and in both models, because the expert attends to the language model's values.
@@ -31,6 +31,9 @@ _NORM_CONSUMERS = {
 }
 
 _FOLDED_INPUT = {"pre_rotation": False, "permute": False, "rotation": "none", "rotation_block": 0}
+
+_WEAKEST = 1e-4
+"""Energy of a channel that hardly is read, as a share of the mean."""
 
 Weights = dict[str, Tensor]
 
@@ -77,10 +80,11 @@ def plan_folds(
         DuQuantError: On row_rotation="propagate" when no `v` is selected.
     """
     prefixes = dict.fromkeys(match[0] for name in tensors if (match := _DECODER_LAYER.match(name)))
+    spreads = config.rotation in ("hadamard", "duquant")  # else a weight that takes a gain has outliers of its own
     folds, remaining = [], dict(specs)
     for prefix in prefixes:
         for norm, consumers in _NORM_CONSUMERS.items():
-            if prefix + norm in tensors and any(prefix + consumer in specs for consumer in consumers):
+            if spreads and prefix + norm in tensors and any(prefix + consumer in specs for consumer in consumers):
                 names = (prefix + norm, *(f"{prefix}{consumer}.weight" for consumer in consumers))
                 folds.append(Fold("norm_gain", names))
         down = prefix + "mlp.down_proj"
@@ -144,9 +148,21 @@ def apply_folds(
 
 
 def fold_norm_gain(weights: Weights, norm: str, *consumers: str) -> Weights:
-    """Moves the gain (1 + w) [K] of a norm into the columns of its consumers [N, K]; returns what changed."""
+    """Balances the gain (1 + w) [K] of a norm and the columns of its consumers [N, K]; returns what changed.
+
+    Where inputs have energies h_k, and columns w_k that a rotation spreads, rounding errs by about
+    sqrt(sum_k h_k sum_k w_k). Of all ways to divide the products h_k w_k between the two, equal shares give the least
+    (SmoothQuant, Xiao et al. 2022, arXiv:2211.10438, for mean squares). A normed input has about unit energy before its
+    gain, so the norm keeps the fourth root of the columns' energy under the whole gain.
+
+    The gain that is kept is one of bf16, so that it is stored exactly.
+    """
     gain = 1.0 + weights[norm].float()
-    return {name: weights[name].float() * gain for name in consumers} | {norm: torch.zeros_like(gain)}
+    energy = sum(len(weights[name]) * fitting.channel_energy(weights[name]) for name in consumers) * gain.double() ** 2
+    energy = energy.clamp(min=_WEAKEST * energy.mean() + torch.finfo(torch.float64).tiny)
+    kept = (0.25 * (energy.log() - energy.log().mean())).exp() - 1.0
+    kept = kept.bfloat16().float()
+    return {name: weights[name].float() * (gain / (1.0 + kept)) for name in consumers} | {norm: kept}
 
 
 def fold_down_permutation(weights: Weights, gate: str, up: str, down: str, config: DuQuantConfig) -> Weights:

@@ -4,6 +4,10 @@ Frantar et al. 2022, arXiv:2210.17323, in the form that Chee et al. 2023, arXiv:
 the second moment of the inputs H = L L^T, the squared error of the outputs is that of E L, E = W - Q, and column k of
 it is `(E_k + sum_{j>k} E_j L_jk / L_kk) L_kk`. From the last channel to the first, each is rounded so that this is as
 small as it can be. The inverse of H is never needed.
+
+`fitted_gptq` lessens what GPTQ leaves: in a second turn, every code is set to what is best given all others (coordinate
+descent, as in QuantEase, Behdin et al. 2023, arXiv:2309.01885), and of some scales, every row takes the one with which
+its output errs least.
 """
 
 from typing import NamedTuple
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.quant import code_range
+from openpi_duquant.quant import dequantize_weight
 
 _BLOCK = 128
 """Channels whose errors reach the others in one matmul."""
@@ -20,17 +25,22 @@ _BLOCK = 128
 _UNSEEN = 1e-6
 """Energy of a channel that was never seen, as a share of the mean."""
 
+SCALE_RATIOS = (0.95, 1.0, 1.05)
+"""Shares of a row's scale that are tried."""
+
 
 class Feedback(NamedTuple):
     """How the errors of channels reach those that are rounded after them.
 
     Attributes:
-        order: [K] int64, channels by ascending energy; rounded from the last, the strongest, to the first.
+        order: [K] int64, channels; rounded from the last to the first.
         factors: [K, K] fp32 in that order: L_jk / L_kk below the diagonal.
+        moment: [K, K] fp32 in that order: H.
     """
 
     order: Tensor
     factors: Tensor
+    moment: Tensor
 
 
 def dampened(moment: Tensor, dampening: float) -> Tensor:
@@ -58,25 +68,26 @@ def dampened(moment: Tensor, dampening: float) -> Tensor:
     return moment
 
 
-def error_feedback(moment: Tensor) -> Feedback:
+def error_feedback(moment: Tensor, order: Tensor | None = None) -> Feedback:
     """What GPTQ needs of the inputs; shared by all layers that read them.
 
     Args:
-        moment: [K, K] E[x x^T] of the inputs as the weight meets them, floating point, positive definite; only its
-            lower triangle is sure to be read.
+        moment: [K, K] E[x x^T] of the inputs as the weight meets them, floating point, positive definite.
+        order: [K] int64, channels from the last to be rounded to the first; by ascending energy when not given.
 
     Raises:
         DuQuantError: If it is not positive definite.
     """
-    order = moment.diagonal().argsort(stable=True)
-    factor, failed = torch.linalg.cholesky_ex(moment[order[:, None], order].double())
+    order = moment.diagonal().argsort(stable=True) if order is None else order
+    moment = moment[order[:, None], order]
+    factor, failed = torch.linalg.cholesky_ex(moment.double())
     if failed:
         raise DuQuantError("gptq_dampening: the second moment of the inputs is singular; take more dampening")
     factor /= factor.diagonal().clone()
-    return Feedback(order, factor.float())
+    return Feedback(order, factor.float(), moment.float())
 
 
-def gptq(weight: Tensor, scale: Tensor, bits: int, feedback: Feedback) -> Tensor:
+def gptq(weight: Tensor, scale: Tensor, bits: int, feedback: Feedback, *, descend: bool = False) -> Tensor:
     """Codes of a weight, rounded channel after channel.
 
     Args:
@@ -84,34 +95,69 @@ def gptq(weight: Tensor, scale: Tensor, bits: int, feedback: Feedback) -> Tensor
         scale: [N, G] fp32, G divides K; a channel keeps its scale whatever the order.
         bits: 4 or 8.
         feedback: Of the inputs.
+        descend: In a second turn, set every code to what is best given all others.
 
     Returns:
         [N, K] int8 within `code_range(bits)`.
     """
-    order, factors = feedback
+    order, factors, moment = feedback
     values, scales = weight.float().T[order], scale.T[order // (weight.shape[1] // scale.shape[1])]
     codes, errors = torch.empty_like(values), torch.zeros_like(values)
-    for end in range(len(values), 0, -_BLOCK):
-        start = max(0, end - _BLOCK)
-        wanted = values[start:end] + factors[end:, start:end].T @ errors[end:]
-        for k in reversed(range(start, end)):
-            value = wanted[k - start] + factors[k + 1 : end, k] @ errors[k + 1 : end]
-            codes[k] = (value / scales[k]).round_().clamp_(*code_range(bits))
-            errors[k] = values[k] - codes[k] * scales[k]
+    _round_in_turn(values, scales, bits, factors, codes, errors)
+    if descend:
+        pulls = (moment / moment.diagonal()).fill_diagonal_(0)
+        _round_in_turn(values, scales, bits, pulls, codes, errors)
     result = torch.empty_like(codes, dtype=torch.int8)
     result[order] = codes.to(torch.int8)
     return result.T.contiguous()
 
 
+def _round_in_turn(values: Tensor, scales: Tensor, bits: int, pulls: Tensor, codes: Tensor, errors: Tensor) -> None:
+    """Rounds the channels of `values` [K, N] from the last to the first.
+
+    To channel k, sum_j pulls_jk errors_j is added; errors = values - codes * scales, which both are updated, start as
+    zeros or as those of an earlier turn.
+    """
+    for end in range(len(values), 0, -_BLOCK):
+        start = max(0, end - _BLOCK)
+        block = slice(start, end)
+        wanted = values[block] + pulls[:start, block].T @ errors[:start] + pulls[end:, block].T @ errors[end:]
+        for k in reversed(range(start, end)):
+            value = wanted[k - start] + pulls[block, k] @ errors[block]
+            codes[k] = (value / scales[k]).round_().clamp_(*code_range(bits))
+            errors[k] = values[k] - codes[k] * scales[k]
+
+
+def fitted_gptq(weight: Tensor, scale: Tensor, bits: int, feedback: Feedback) -> tuple[Tensor, Tensor]:
+    """Codes and scales by `gptq`, descending, of every row with the scale that suits it best.
+
+    Args:
+        weight: [N, K], floating point, finite.
+        scale: [N, G] fp32, G divides K; every row takes it times one of `SCALE_RATIOS`.
+        bits: 4 or 8.
+        feedback: Of the inputs.
+
+    Returns:
+        [N, K] int8 within `code_range(bits)`, and [N, G] fp32.
+    """
+    weights = weight.float().repeat(len(SCALE_RATIOS), 1)
+    scales = torch.cat([scale * ratio for ratio in SCALE_RATIOS])
+    codes = gptq(weights, scales, bits, feedback, descend=True)
+    errors = (weights - dequantize_weight(codes, scales))[:, feedback.order]
+    best = output_error(errors, feedback.moment).view(-1, len(weight)).argmin(0)
+    chosen = best * len(weight) + torch.arange(len(weight), device=best.device)
+    return codes[chosen], scales[chosen]
+
+
 def output_error(error: Tensor, moment: Tensor) -> Tensor:
-    """tr(E H E^T): the mean squared error of the outputs, over inputs, summed over outputs.
+    """The diagonal of E H E^T: the mean squared error of every output, over inputs.
 
     Args:
         error: [N, K], E = W - Q.
         moment: [K, K], H = E[x x^T].
 
     Returns:
-        A scalar, the moment's dtype.
+        [N], the moment's dtype.
     """
     error = error.to(moment.dtype)
-    return ((error @ moment) * error).sum()
+    return ((error @ moment) * error).sum(1)

@@ -30,7 +30,7 @@ class Finder:
 
 
 def _register() -> None:
-    from openpi_duquant.config import read_environment  # noqa: PLC0415
+    from openpi_duquant.environment import read_environment  # noqa: PLC0415
 
     if read_environment().auto:
         import openpi_duquant.plugin  # noqa: F401, PLC0415

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from openpi_duquant.architecture import Architecture
 from openpi_duquant.checkpoint.files import renamed_when_whole
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.observation import CAMERAS
@@ -72,6 +73,21 @@ class Recording:
         """Denoising steps that were taken; openpi's 10 where the recording does not say."""
         return self.info.get("num_steps", 10)
 
+    def require_fit(self, architecture: Architecture) -> None:
+        """Raises DuQuantError, naming the first such example, if a policy of these sizes cannot read all of them."""
+        for index, example in enumerate(self.examples):
+            width, token = example.noise.shape[2], example.observation.tokenized_prompt.max().item()
+            if width != architecture.action_dim:
+                raise DuQuantError(
+                    f"observation {index}: actions are {width} wide, the policy's {architecture.action_dim}; "
+                    "record with this policy"
+                )
+            if token >= architecture.vocab_size:
+                raise DuQuantError(
+                    f"observation {index}: has token {token}, the policy knows {architecture.vocab_size}; "
+                    "record with this policy"
+                )
+
 
 def save_recording(folder: pathlib.Path | str, examples: Sequence[Example], info: Mapping[str, Any]) -> None:
     """Writes a recording; the folder appears when it is whole.
@@ -91,7 +107,7 @@ def save_recording(folder: pathlib.Path | str, examples: Sequence[Example], info
     require_new(folder)
     if not examples:
         raise DuQuantError(f"{folder}: nothing to record: no observation was seen")
-    examples = [dataclasses.replace(example, observation=_compact(example.observation)) for example in examples]
+    examples = [dataclasses.replace(example, observation=compact(example.observation)) for example in examples]
     tensors = {
         f"{index:05}.{name}": tensor.clone(memory_format=torch.contiguous_format)  # examples may share some
         for index, example in enumerate(examples)
@@ -177,8 +193,8 @@ def _unflatten(tensors: Mapping[str, Tensor], prefix: str) -> Example:
     return Example(observation, tensors[prefix + "noise"])
 
 
-def _compact(observation: Observation) -> Observation:
-    """The same to every model, in fewer bytes: no masked images, and bytes where images are 8-bit values."""
+def compact(observation: Observation) -> Observation:
+    """The same to every model in fewer bytes: no image that is masked, and uint8 where images are 8-bit values."""
     masks = observation.image_masks
     live = [camera for camera in CAMERAS if camera in observation.images and (camera not in masks or masks[camera])]
     images = {camera: as_bytes(observation.images[camera]) for camera in live}

@@ -115,6 +115,15 @@ class Transform(NamedTuple):
             x = x.index_select(-1, self.permutation)
         return rotate(x, self.rotation)
 
+    def of_moment(self, moment: Tensor) -> Tensor:
+        """E[y y^T] [K, K] of y = apply(x), from E[x x^T] [K, K] of the inputs: T^T H T for x -> x T."""
+        return self.apply(self.apply(moment).T)
+
     def dual(self) -> "Transform":
         """The transform for the other side of the product: x W^T = apply(x) dual().apply(W)^T."""
         return Transform(dual(self.pre_rotation), self.permutation, dual(self.rotation))
+
+    def inverse(self) -> "Transform":
+        """The transform that undoes this one."""
+        back = None if self.permutation is None else self.permutation.argsort()
+        return Transform(inverse(self.rotation), back, inverse(self.pre_rotation))

@@ -80,10 +80,13 @@ def folded(source: dict[str, Array], config: DuQuantConfig, index: int) -> dict[
     weights = {name.removesuffix(".weight"): array for name, array in source.items() if name.startswith(tuple(both))}
     for prefix in prefixes:
         for norm, members in zip(("input_layernorm", "post_attention_layernorm"), GROUPS):
-            if prefix + norm in weights:
+            if config.rotation == "hadamard" and prefix + norm in weights:
+                gain = 1 + weights[prefix + norm]
+                columns = np.concatenate([weights[prefix + member] * gain for member in members])
+                root = (columns**2).sum(0) ** 0.25
+                weights[prefix + norm] = rounded(root / np.exp(np.log(root).mean()) - 1)
                 for member in members:
-                    weights[prefix + member] = weights[prefix + member] * (1 + weights[prefix + norm])
-                weights[prefix + norm] = 0 * weights[prefix + norm]
+                    weights[prefix + member] = weights[prefix + member] * gain / (1 + weights[prefix + norm])
         if config.permute:
             down = weights[prefix + "mlp.down_proj"]
             order = snake(down, math.gcd(config.rotation_block, down.shape[1]))

@@ -18,7 +18,7 @@ from openpi_duquant import convert
 from openpi_duquant import synthetic
 from openpi_duquant.architecture import Architecture
 from openpi_duquant.architecture import TransformerSize
-from openpi_duquant.config import ENVIRONMENT_PREFIX
+from openpi_duquant.environment import ENVIRONMENT_PREFIX
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,9 +6,12 @@ import dataclasses
 import hashlib
 import pathlib
 import re
+import shutil
 import types
+import weakref
 
 import pytest
+from safetensors import SafetensorError
 import torch
 from torch import Tensor
 from torch import nn
@@ -20,15 +23,18 @@ from openpi_duquant.accuracy import relative_error
 from openpi_duquant.calibration import Calibrator
 from openpi_duquant.calibration import calibrator
 from openpi_duquant.calibration import record_states
+from openpi_duquant.calibration.states import States
 from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.checkpoint import SafetensorsReader
 from openpi_duquant.config import PRESETS
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.conversion import calibrated
 from openpi_duquant.conversion.calibrated import kept_until_done
 from openpi_duquant.engine import gemma
 from openpi_duquant.engine.policy import Policy
 from openpi_duquant.kernels import attention
+from openpi_duquant.linear.rounding import InputMoment
 from openpi_duquant.recording import Example
 from openpi_duquant.recording import Recording
 
@@ -110,6 +116,82 @@ def test_a_layer_is_calibrated_on_what_the_converted_policy_feeds_it(
     torch.testing.assert_close(seen[0][1][:, :1], torch.stack(steps), rtol=1e-5, atol=1e-5)
 
 
+def moments(source: pathlib.Path, target: pathlib.Path, given: Recording) -> dict[str, InputMoment | None]:
+    """What a conversion knows of the inputs of every group."""
+    found: dict[str, InputMoment | None] = {}
+    quantize_group = calibrator.quantize_group
+
+    def spy(weights: dict[str, Tensor], *others: object) -> dict[str, dict[str, Tensor]]:
+        found[next(iter(weights))] = others[-1]
+        return quantize_group(weights, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrator, "quantize_group", spy)
+        convert(source, target, CONFIG, calibration=given)
+    return found
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_all_steps_of_an_observation_are_in_one_half_of_the_moments(
+    checkpoints: pathlib.Path, tmp_path: pathlib.Path, name: str
+) -> None:
+    source, given = checkpoints / name, recording(checkpoints / name, 2)
+    assert len({example.observation.tokenized_prompt_mask.sum().item() for example in given.examples}) == 2
+    alone = moments(source, tmp_path / "one", dataclasses.replace(given, examples=given.examples[:1]))
+    both = moments(source, tmp_path / "two", given)
+    for group, moment in alone.items():
+        assert moment is None or moment.halves == [], group
+    for model in ("paligemma_with_expert.paligemma.model.language_model", "paligemma_with_expert.gemma_expert.model"):
+        group = f"{model}.layers.0.self_attn.q_proj"  # reads what the original reads
+        torch.testing.assert_close(both[group].halves[0], alone[group].whole, rtol=1e-4, atol=1e-5)
+
+
+def test_no_original_states_are_kept_while_layers_are_calibrated(
+    checkpoints: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[weakref.ref] = []
+
+    def spy(*arguments: object) -> list[States]:
+        states = record_states(*arguments)
+        first.extend(weakref.ref(tensor) for each in states for tensor in (each.language, each.expert))
+        return states
+
+    def check(_: int) -> None:
+        assert first
+        assert not any(tensor() is not None for tensor in first)
+
+    monkeypatch.setattr(calibrated, "record_states", spy)
+    source, observed = checkpoints / "float32", []
+    convert(
+        source, tmp_path / "target", CONFIG,
+        calibration=recording(source, 5), progress=check, observed=observed.append,
+    )  # fmt: skip
+    assert sum(observed) == 5
+
+
+def test_what_reads_the_time_step_alone_is_rounded_to_nearest(
+    checkpoints: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source, given = checkpoints / "bfloat16", recording(checkpoints / "bfloat16", 1)
+    config = dataclasses.replace(CONFIG, include=r"dense$|\.q_proj$")
+    manifest = convert(source, tmp_path / "target", config, calibration=given)
+    dense = {name for name in manifest.layers if name.endswith("dense")}
+    assert len(dense) == 5
+    errors = manifest.calibration["errors"]
+    assert {name for name in errors if "expert.model" in name} == {
+        name for name in manifest.layers if "expert.model" in name
+    } - dense
+    example = given.examples[0]
+    assert float32(tmp_path / "target").sample_actions(example.observation, example.noise).isfinite().all()
+
+
+def test_observations_may_have_different_horizons(checkpoints: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    given = recording(checkpoints / "pi0", 3)
+    given.examples[2] = dataclasses.replace(given.examples[2], noise=given.examples[2].noise[:, :4])
+    manifest = convert(checkpoints / "pi0", tmp_path / "target", CONFIG, calibration=given)
+    assert manifest.calibration["errors"]
+
+
 def action_error(folder: pathlib.Path, original: pathlib.Path, examples: list[Example]) -> float:
     policies = [float32(path) for path in (folder, original)]
     errors = []
@@ -151,7 +233,8 @@ def test_the_manifest_says_what_error_every_layer_that_runs_has(
     normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     gain = 1 + original.language_model.layers[0].input_layernorm.weight
     expected = (normed * gain) @ original.get_submodule(layer).weight.T
-    difference = converted.get_submodule(layer)(normed) - expected
+    kept = 1 + converted.language_model.layers[0].input_layernorm.weight
+    difference = converted.get_submodule(layer)(normed * kept) - expected
     assert errors[layer] == pytest.approx((difference.norm() / expected.norm()).item(), rel=1e-3)
 
 
@@ -217,6 +300,45 @@ def test_an_interrupted_conversion_goes_on_and_comes_to_the_same(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_disk_that_fills_up_leaves_what_is_done(
+    checkpoints: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, given = checkpoints / "pi0", recording(checkpoints / "pi0", 1)
+
+    def full(_: object, path: pathlib.Path, *__: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DuQuantError, match=r"layer_01\.safetensors: cannot be written"):
+        convert(source, tmp_path / "target", CONFIG, calibration=given, progress=lambda _: patch.setattr(
+            calibrated, "save_file", full))  # fmt: skip
+    left = {path.name for path in (tmp_path / ".target.calibration").iterdir()}
+    assert left == {"key.json", "lock", "layer_00.safetensors"}
+
+
+def test_room_is_made_sure_of_for_calibrated_layers_beside_the_result(
+    checkpoints: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, given = checkpoints / "pi0", recording(checkpoints / "pi0", 1)
+    counts = convert(source, tmp_path / "nearest", CONFIG).counts
+    usage = types.SimpleNamespace(free=counts["bytes"] + counts["quantized_bytes"] // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    convert(source, tmp_path / "fits", CONFIG)
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(DuQuantError, match="target: takes"):
+        convert(source, tmp_path / "target", CONFIG, calibration=given)
+    usage.free = 10 * counts["bytes"]
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "target", CONFIG, calibration=given, progress=interrupt)
+    usage.free = (
+        counts["bytes"] + counts["quantized_bytes"] // 2 + 30_000
+    )  # for the norms; half of the layers are there
+    convert(source, tmp_path / "target", CONFIG, calibration=given)
+
+
 @pytest.mark.parametrize("change", ["config", "observations"])
 def test_what_was_done_for_something_else_is_done_again(
     checkpoints: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, change: str
@@ -236,7 +358,7 @@ def test_what_was_done_for_something_else_is_done_again(
 
 
 def test_two_conversions_to_one_target_do_not_mix(checkpoints: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    refused = pytest.raises(DuQuantError, match="target: another calibrated conversion is making it")
+    refused = pytest.raises(DuQuantError, match="target: another calibrated conversion is making it; wait")
     with kept_until_done(tmp_path / "target", "key"), refused:
         convert(checkpoints / "pi0", tmp_path / "target", CONFIG, calibration=recording(checkpoints / "pi0"))
 
@@ -246,6 +368,8 @@ def test_two_conversions_to_one_target_do_not_mix(checkpoints: pathlib.Path, tmp
     [
         (DuQuantConfig(weight_rounding="gptq"), False, "'gptq' needs calibration data"),
         (DuQuantConfig(keep_error_below=0.1), False, "keep_error_below needs calibration data"),
+        (DuQuantConfig(attention_temperature=True), False, "attention_temperature needs calibration data"),
+        (DuQuantConfig(output_energy=True), False, "output_energy needs calibration data"),
         (DuQuantConfig(weight_rounding="nearest"), True, "does not look at calibration data"),
     ],
 )
@@ -263,6 +387,21 @@ def test_inputs_that_are_not_finite_are_refused_by_name(checkpoints: pathlib.Pat
     given.examples[0].observation.state[:] = torch.inf
     with pytest.raises(DuQuantError, match=r"gemma_expert.*layers\.0\.self_attn\.q_proj: .* NaN or Inf"):
         convert(checkpoints / "pi0", tmp_path / "target", CONFIG, calibration=given)
+
+
+@pytest.mark.parametrize("which", ["noise", "tokens"])
+def test_observations_of_another_policy_are_refused(
+    checkpoints: pathlib.Path, tmp_path: pathlib.Path, which: str
+) -> None:
+    given = recording(checkpoints / "pi0", 2)
+    if which == "noise":
+        given.examples[1] = dataclasses.replace(given.examples[1], noise=torch.zeros(1, 10, 7))
+    else:
+        given.examples[1].observation.tokenized_prompt[0, 0] = 257_000
+    message = {"noise": "actions are 7 wide", "tokens": "has token 257000"}[which]
+    with pytest.raises(DuQuantError, match=f"observation 1: {message}.*; record with this policy"):
+        convert(checkpoints / "pi0", tmp_path / "target", CONFIG, calibration=given)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("preset", ["simple", "llm", "optimized"])

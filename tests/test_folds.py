@@ -3,10 +3,12 @@
 import dataclasses
 
 import pytest
+import structured
 from tiny import TINY
 from tiny import random_state
 import torch
 from torch import Tensor
+from torch import nn
 
 from openpi_duquant import synthetic
 from openpi_duquant.accuracy import relative_error
@@ -20,6 +22,8 @@ from openpi_duquant.conversion import Plan
 from openpi_duquant.conversion import folded_tensors
 from openpi_duquant.conversion import make_plan
 from openpi_duquant.engine import assemble
+from openpi_duquant.folds import fold_norm_gain
+from openpi_duquant.linear import quantize_
 
 CONFIGS = PRESETS | {
     "duquant": DuQuantConfig(rotation="duquant", rotation_block=16),
@@ -56,7 +60,7 @@ def test_the_folded_policy_gives_the_originals_actions(name: str, *, pi05: bool)
         ("simple", {}),
         ("optimized", {"down_permutation": 3, "value_head": 3}),
         ("dit_qkvo", {"value_head": 3}),
-        ("quantvla", {"norm_gain": 6, "down_permutation": 6, "value_head": 3}),
+        ("quantvla", {"down_permutation": 6, "value_head": 3}),
         ("duquant", {"norm_gain": 6, "value_head": 3}),
         ("propagate v only", {"norm_gain": 3, "value_head": 3}),
     ],
@@ -67,16 +71,52 @@ def test_a_preset_folds_what_its_layers_call_for(name: str, kinds: dict[str, int
     assert {kind: found.count(kind) for kind in found} == kinds
 
 
-def test_norm_gains_move_into_all_consumers() -> None:
+def test_norm_gains_are_balanced_with_the_columns_of_all_consumers() -> None:
     state, _, folded = planned(TINY, DuQuantConfig(scope=LANGUAGE_MODEL, include=r"\.q_proj$", permute=False))
     prefix = LANGUAGE_MODEL + LAYER
-    gain = 1 + state[prefix + "input_layernorm.weight"]
-    assert not folded[prefix + "input_layernorm.weight"].any()
-    for projection in ("q", "k", "v"):
-        name = f"{prefix}self_attn.{projection}_proj.weight"
-        torch.testing.assert_close(folded[name], state[name] * gain)
+    gain, kept = (1 + tensors[prefix + "input_layernorm.weight"] for tensors in (state, folded))
+    names = [f"{prefix}self_attn.{projection}_proj.weight" for projection in ("q", "k", "v")]
+    for name in names:
+        torch.testing.assert_close(folded[name] * kept, state[name] * gain)
+    columns = torch.cat([folded[name] for name in names]).norm(dim=0)
+    torch.testing.assert_close(columns / columns.mean(), kept / kept.mean(), rtol=0.02, atol=0)  # bf16
+    assert gain.max() > 5 * gain.median()
+    assert kept.max() < 4 * kept.median()
     unread = prefix + "post_attention_layernorm.weight"
     assert torch.equal(folded[unread], state[unread])
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("rotation", ["hadamard", "duquant", "svd", "none"])
+def test_a_gain_is_balanced_where_that_lessens_the_error_of_rounding(rotation: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer, x = structured.Layer(), torch.randn(1000, structured.WIDTH)
+    gain, weight = layer.before_mlp.gain.detach(), layer.gate_proj.weight.detach()
+    folded = fold_norm_gain({"norm": gain - 1, "gate": weight}, "norm", "gate")
+    config = DuQuantConfig(rotation=rotation, rotation_block=16)
+    errors = []
+    for kept in (1 + folded["norm"], torch.ones_like(gain), gain):
+        model = nn.ModuleDict({"gate_proj": nn.Linear(*weight.T.shape, bias=False)})
+        model.gate_proj.weight.data = weight * gain / kept
+        quantize_(model, config, backend="fake")
+        errors.append(relative_error(model.gate_proj(x * kept), x * gain @ weight.T))
+    balanced, all_in_the_weight, all_in_the_norm = errors
+    _, plan, _ = planned(dataclasses.replace(TINY, pi05=False), config)
+    if any(fold.kind == "norm_gain" for fold in plan.folds):
+        assert balanced < 0.8 * min(all_in_the_weight, all_in_the_norm)
+    else:
+        assert all_in_the_norm < 0.8 * min(balanced, all_in_the_weight)
+
+
+@pytest.mark.parametrize("dead", [[3, 5], list(range(32))], ids=["some", "all"])
+def test_channels_that_a_norm_drops_stay_dropped(dead: list[int]) -> None:
+    weights = {"norm": torch.randn(32) * 0.1, "a": torch.randn(8, 32), "b": torch.randn(4, 32)}
+    weights["norm"][dead] = -1.0
+    folded = fold_norm_gain(weights, "norm", "a", "b")
+    kept = 1 + folded["norm"]
+    assert torch.equal(folded["norm"], folded["norm"].bfloat16().float())
+    for name in ("a", "b"):
+        torch.testing.assert_close(folded[name] * kept, weights[name] * (1 + weights["norm"]))
 
 
 def test_gate_and_up_take_the_permutation_of_down() -> None:

@@ -83,6 +83,57 @@ def test_the_error_of_outputs_is_below_that_of_the_nearest(decay: float, bound: 
     assert chained < bound * nearest
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("width", "bits"), [(6, 4), (48, 8), (300, 4)])
+def test_descending_sets_every_code_to_the_best_given_the_others(width: int, bits: int, groups: int) -> None:
+    torch.manual_seed(5)
+    weight, moment = torch.randn(7, width), moment_of(correlated(4 * width, width, 1.0))
+    scale = quant.weight_scale(weight, bits, width // groups)
+    feedback = gptq.error_feedback(moment)
+    codes = gptq.gptq(weight, scale, bits, feedback).double()
+    wide = scale.double().repeat_interleave(width // groups, 1)
+    low, high = quant.code_range(bits)
+    for k in feedback.order.flip(0):
+        pull = (weight.double() - codes * wide) @ moment[k] / moment[k, k]
+        codes[:, k] = (codes[:, k] + pull / wide[:, k]).round().clamp(low, high)
+    actual = gptq.gptq(weight, scale, bits, feedback, descend=True).double()
+    assert (actual == codes).all(1).float().mean() > 0.7  # fp32 against fp64, as above
+    assert ((actual - codes).abs() <= 2).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_descending_and_fitted_scales_lessen_the_error(seed: int) -> None:
+    torch.manual_seed(seed)
+    weight, moment = torch.randn(96, 192), moment_of(correlated(2000, 192, 1.5)).float()
+    scale, feedback = quant.weight_scale(weight, 4), gptq.error_feedback(moment)
+
+    def row_errors(codes: Tensor, scale: Tensor) -> Tensor:
+        return gptq.output_error(weight - quant.dequantize_weight(codes, scale), moment)
+
+    plain = row_errors(gptq.gptq(weight, scale, 4, feedback), scale)
+    descended = row_errors(gptq.gptq(weight, scale, 4, feedback, descend=True), scale)
+    fitted = row_errors(*gptq.fitted_gptq(weight, scale, 4, feedback))
+    assert (descended <= plain * (1 + 1e-4)).all()
+    assert (fitted <= descended * (1 + 1e-4)).all()
+    assert descended.sum() < 0.985 * plain.sum()
+    assert fitted.sum() < 0.96 * descended.sum()
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_every_row_takes_the_scale_that_suits_it_best(groups: int) -> None:
+    torch.manual_seed(6)
+    weight, moment = torch.randn(50, 64), moment_of(correlated(500, 64, 1.0)).float()
+    scale, feedback = quant.weight_scale(weight, 4, 64 // groups), gptq.error_feedback(moment)
+    trials = [(gptq.gptq(weight, scale * ratio, 4, feedback, descend=True), scale * ratio) for ratio in (0.95, 1, 1.05)]
+    errors = [gptq.output_error(weight - quant.dequantize_weight(*trial), moment) for trial in trials]
+    best = torch.stack(errors).argmin(0)
+    assert len(best.unique()) == 3
+    codes, scales = gptq.fitted_gptq(weight, scale, 4, feedback)
+    for row, trial in enumerate(best):
+        assert torch.equal(scales[row], trials[trial][1][row])
+        assert torch.equal(codes[row], trials[trial][0][row])
+
+
 @pytest.mark.parametrize("dead", [range(5, 9), range(64)], ids=["some", "all"])
 def test_channels_never_seen_are_rounded_to_nearest(dead: range) -> None:
     torch.manual_seed(2)
@@ -121,5 +172,5 @@ def test_dampening_adds_to_every_channel_its_own_share() -> None:
 def test_output_error_is_that_of_the_outputs() -> None:
     torch.manual_seed(4)
     x, error = torch.randn(50, 12), torch.randn(5, 12)
-    expected = (x.double() @ error.double().T).square().sum(1).mean()
+    expected = (x.double() @ error.double().T).square().mean(0)
     torch.testing.assert_close(gptq.output_error(error, moment_of(x)), expected)

@@ -11,9 +11,10 @@ PACKAGE = pathlib.Path(openpi_duquant.__file__).parent
 
 # From the bottom up: a part imports those before it, and itself.
 PARTS = (
-    "config", "installation", "report", "profiling", "progress", "architecture", "packing", "transforms", "quant",
-    "gptq", "fitting", "kernels", "linear", "accuracy", "folds", "checkpoint", "engine", "recording", "calibration",
-    "conversion", "synthetic", "plugin", "import_hook", "run", "libero", "commands", "__main__",
+    "config", "environment", "installation", "report", "profiling", "progress", "architecture", "packing", "transforms",
+    "quant", "gptq", "fitting", "published", "kernels", "linear", "accuracy", "folds", "checkpoint", "engine",
+    "recording", "calibration", "conversion", "recorder", "synthetic", "fidelity", "plugin", "import_hook", "run",
+    "libero", "commands", "__main__",
 )  # fmt: skip
 
 

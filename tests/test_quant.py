@@ -152,3 +152,11 @@ def test_a_token_too_small_to_divide_keeps_a_positive_scale() -> None:
 def test_fake_quantization_is_codes_times_scale() -> None:
     x = torch.tensor([[254.0, 3.0, -5.0, 1.1], [0.0, 0.0, 0.0, 0.0]])
     assert quant.fake_quantize_activation(x).tolist() == [[254.0, 4.0, -4.0, 2.0], [0.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("width", [64, 1024, 8192])
+def test_the_error_of_gaussian_rows_is_as_computed(width: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2**22 // width, width)
+    measured = ((quant.fake_quantize_activation(x) - x).norm() / x.norm()).item()
+    assert quant.gaussian_int8_error(width) == pytest.approx(measured, rel=0.015)

@@ -106,7 +106,7 @@ class Calibrator:
         for model in (LANGUAGE_MODEL, ACTION_EXPERT):
             layer = self._decoder_layer(model, index, weights)
             for names in self._groups(f"{model}layers.{index}."):
-                present = [name for name in names if _submodule(layer, name) is not None]
+                present = [name for name in names if _place_in_run(name) >= 0 and _submodule(layer, name)]
                 if done is None:
                     moment = self._moment(model, index, layer, present[0]) if present else None
                     tensors |= self._quantize_group({name: weights[f"{name}.weight"] for name in names}, moment)
@@ -137,14 +137,18 @@ class Calibrator:
     def _groups(self, prefix: str) -> list[list[str]]:
         """Quantized layers of a decoder layer that read one input, as they run."""
         specs = {name: spec for name, spec in self.specs.items() if name.startswith(prefix)}
-        return sorted(members_by_group(specs).values(), key=lambda names: _RUN_ORDER.index(names[0].split(".")[-1]))
+        return sorted(members_by_group(specs).values(), key=lambda names: _place_in_run(names[0]))
 
     def _moment(self, model: str, index: int, layer: nn.Module, name: str) -> InputMoment:
+        linear = _submodule(layer, name)
+        moment = InputMoment(linear.in_features, linear.weight.device)
+
         def run(layer: nn.Module) -> None:
             for call in self._stream.calls(model, index):
+                moment.sample = call.first  # all steps of an observation are in one half
                 call.run(layer)
 
-        return input_moment(layer, name, _submodule(layer, name), run)
+        return input_moment(layer, name, linear, run, moment)
 
     def _place(self, layer: nn.Module, name: str, tensors: Weights) -> None:
         """Puts a quantized layer into its decoder layer."""
@@ -190,6 +194,12 @@ class Calibrator:
                 raise DuQuantError(f"{field}: the output rotation of {name} mixes heads; take a smaller block")
             scale *= factors.to(scale).repeat_interleave(rows)[:, None]  # in place: the layer holds it too
             self.corrections[name] = factors.tolist()
+
+
+def _place_in_run(name: str) -> int:
+    """Of a layer among those of its decoder layer; -1 of adaRMS' dense, which reads the time step alone."""
+    projection = name.rpartition(".")[2]
+    return _RUN_ORDER.index(projection) if projection in _RUN_ORDER else -1
 
 
 def _submodule(layer: nn.Module, name: str) -> nn.Module | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from openpi_duquant.engine.policy import Policy
 from openpi_duquant.recording import Example
 
 _BATCH = 8
-"""Observations that run together; even, so that the two halves of a moment hold different observations."""
+"""Observations that run together."""
 
 
 @dataclasses.dataclass
@@ -64,7 +65,8 @@ def _batches(policy: Policy, examples: Sequence[Example]) -> Iterator[tuple[Pref
     alike: dict[object, list[tuple[Prefix, Tensor | None, Tensor]]] = {}
     for example in examples:
         prefix, state = preprocess(example.observation), policy.read_state(example.observation.state, 1)
-        alike.setdefault((prefix.images.shape, prefix.tokens.shape), []).append((prefix, state, example.noise))
+        shapes = prefix.images.shape, prefix.tokens.shape, example.noise.shape
+        alike.setdefault(shapes, []).append((prefix, state, example.noise))
     for group in alike.values():
         for start in range(0, len(group), _BATCH):
             prefixes, states, noises = zip(*group[start : start + _BATCH])
@@ -89,6 +91,7 @@ class Call(NamedTuple):
 
     Attributes:
         x: [B, S, W].
+        first: Number of the first of the B observations.
         rotation: Cosines and sines of the positions.
         cached: Of an expert's layer, the keys and values of the language model's.
         modulations: Of the two norms.
@@ -96,6 +99,7 @@ class Call(NamedTuple):
     """
 
     x: Tensor
+    first: int
     rotation: tuple[Tensor, Tensor]
     cached: KeyValue | None = None
     modulations: Sequence[Tensor | None] = (None, None)
@@ -123,6 +127,7 @@ class Stream:
     ) -> None:
         self._architecture, self._schedule, self._dtype = architecture, schedule, dtype
         self._states = [dataclasses.replace(each) for each in states]
+        self._firsts = list(itertools.accumulate((len(each.language) for each in self._states[:-1]), initial=0))
         self._caches: list[KeyValue] = []
 
     def calls(self, model: str, index: int) -> Iterator[Call]:
@@ -134,14 +139,14 @@ class Stream:
         """
         language, expert, pi05 = self._architecture.language, self._architecture.expert, self._architecture.pi05
         if model == LANGUAGE_MODEL:
-            for states in self._states:
-                yield Call(states.language, self._rotation(0, states.language, language.head_dim))
+            for first, states in zip(self._firsts, self._states, strict=True):
+                yield Call(states.language, first, self._rotation(0, states.language, language.head_dim))
             return
-        for states, cached in zip(self._states, self._caches, strict=True):
+        for first, states, cached in zip(self._firsts, self._states, self._caches, strict=True):
             rotation = self._rotation(states.language.shape[1], states.expert[0], expert.head_dim)
             for x, entry in zip(states.expert, self._schedule, strict=True):
                 modulations = entry[2 * index : 2 * index + 2] if pi05 else (None, None)
-                yield Call(x, rotation, cached, modulations, state_first=not pi05)
+                yield Call(x, first, rotation, cached, modulations, state_first=not pi05)
 
     def _rotation(self, first: int, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(first, first + x.shape[1], device=x.device)

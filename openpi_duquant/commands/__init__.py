@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 import functools
+import importlib.metadata
 import signal
 import sys
 
 import tyro
 
+from openpi_duquant.commands.accuracy_report import accuracy_report
 from openpi_duquant.commands.bench_convert import bench_convert
 from openpi_duquant.commands.bench_linear import bench_linear
 from openpi_duquant.commands.bench_policy import bench_policy
 from openpi_duquant.commands.build_kernels import build_kernels
+from openpi_duquant.commands.console import console
 from openpi_duquant.commands.convert_checkpoint import convert_checkpoint
 from openpi_duquant.commands.convert_checkpoint import defaults
 from openpi_duquant.commands.demo import demo
@@ -18,6 +21,7 @@ from openpi_duquant.commands.doctor import doctor
 from openpi_duquant.commands.evaluate_libero import evaluate_libero
 from openpi_duquant.commands.inspect_checkpoint import inspect_checkpoint
 from openpi_duquant.commands.make_checkpoint import make_checkpoint
+from openpi_duquant.commands.record_observations import record_observations
 from openpi_duquant.commands.serve_policy import serve_policy
 from openpi_duquant.commands.tune_tiles import tune_tiles
 from openpi_duquant.config import DuQuantError
@@ -28,6 +32,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "make-checkpoint": make_checkpoint,
     "serve-policy": serve_policy,
     "evaluate-libero": evaluate_libero,
+    "record-observations": record_observations,
+    "accuracy-report": accuracy_report,
     "demo": demo,
     "doctor": doctor,
     "build-kernels": build_kernels,
@@ -48,6 +54,9 @@ def main(command: str | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     arguments = sys.argv[1:]
     try:
+        if command is None and arguments == ["--version"]:
+            console.print(f"openpi-duquant {importlib.metadata.version('openpi-duquant')}")
+            return
         if command is None and arguments and arguments[0] in COMMANDS:
             command, *arguments = arguments
         if command is None:

@@ -76,9 +76,15 @@ def bench_policy(
             bars.advance(task)
     if results["rows"].keys() == ROWS.keys():
         shutil.rmtree(scratch, ignore_errors=True)
+    elif scratch.exists():
+        console.print(f"{scratch} keeps converted weights for rows that are not measured yet")
     (output / "policy.md").write_text(markdown(results))
     chart(results, output / "policy.png")
     console.print(markdown(results))
+    asked = {name: results["rows"][name] for name in rows or ROWS}
+    if all("failed" in row for row in asked.values()):
+        reasons = "; ".join(f"{name}: {row['failed']}" for name, row in asked.items())
+        raise DuQuantError(f"no row could be measured: {reasons}")
 
 
 def _is_wanted(name: str, rows: Sequence[str], done: dict[str, Any]) -> bool:

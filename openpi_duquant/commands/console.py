@@ -5,10 +5,10 @@ from collections.abc import Collection, Iterable
 from rich.console import Console
 import torch
 
-from openpi_duquant.config import ENVIRONMENT_PREFIX
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.config import Environment
-from openpi_duquant.config import read_environment
+from openpi_duquant.environment import ENVIRONMENT_PREFIX
+from openpi_duquant.environment import Environment
+from openpi_duquant.environment import read_environment
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 

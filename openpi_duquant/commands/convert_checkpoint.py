@@ -1,8 +1,9 @@
 """openpi-duquant convert-checkpoint."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import pathlib
 import statistics
 import time
@@ -16,12 +17,12 @@ from openpi_duquant.commands.console import console
 from openpi_duquant.commands.console import resolve_device
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import preset as preset_config
-from openpi_duquant.config import read_environment
 from openpi_duquant.conversion import Plan
 from openpi_duquant.conversion import convert
 from openpi_duquant.conversion import make_plan
 from openpi_duquant.conversion import open_source
-from openpi_duquant.progress import progress_bar
+from openpi_duquant.environment import read_environment
+from openpi_duquant.progress import progress_bars
 from openpi_duquant.recording import load_recording
 from openpi_duquant.report import markdown_table
 
@@ -82,8 +83,14 @@ def convert_checkpoint(
     if target is None:
         target = (packdir or source.resolve().parent) / f"{source.resolve().name}-{preset}"
     start = time.monotonic()
-    with progress_bar(f"Converting {source.name}", before) as progress:
-        manifest = convert(source, target, config, calibration=recording, device=where, progress=progress)
+    with progress_bars() as bars:
+
+        def bar(title: str, total: int) -> Callable[[int], None]:
+            return functools.partial(bars.advance, bars.add_task(title, total=total))
+
+        advance = {"observed": bar("Running the original", len(recording.examples))} if recording else {}
+        advance["progress"] = bar(f"Converting {source.name}", before)
+        manifest = convert(source, target, config, calibration=recording, device=where, **advance)
     console.print(_totals(manifest.counts, len(manifest.folds), before))
     console.print(_rounding(manifest))
     console.print(f"wrote {target} in {time.monotonic() - start:.0f} s")
@@ -120,16 +127,21 @@ def _rounding(manifest: Manifest) -> str:
     """How the weights were rounded, and which layers have the most error."""
     if manifest.calibration is None:
         return (
-            "weights rounded to nearest: with recorded observations (record-observations, then --calibration) "
-            "they are rounded for what the policy sees, with a fraction of the error"
+            "weights rounded to nearest; for less error, record what the policy sees (record-observations) "
+            "and give it as --calibration"
         )
     errors: dict[str, float] = manifest.calibration["errors"]
-    raised = [name for name, spec in manifest.layers.items() if spec.weight_bits > _asked_bits(manifest.config, name)]
+    if not errors:
+        return "weights rounded to nearest: the observations say nothing of the inputs of these layers"
+    raised = [spec for name, spec in manifest.layers.items() if spec.weight_bits > _asked_bits(manifest.config, name)]
+    added = sum(spec.in_features * spec.out_features // 2 for spec in raised)
     worst = sorted(errors, key=errors.__getitem__, reverse=True)[:WORST]
     rows = [(name, manifest.layers[name].weight_bits, f"{errors[name]:.4f}") for name in worst]
     return (
-        f"calibrated: relative error of a layer's outputs {statistics.mean(errors.values()):.4f} on average, "
-        f"{len(raised)} layers raised to 8 bits; the largest:\n{markdown_table(('layer', 'bits', 'error'), rows)}"
+        "calibrated: relative error of a layer's outputs, on these observations, "
+        f"{statistics.mean(errors.values()):.4f} on average, {len(raised)} layers raised to 8 bits, "
+        f"{added:,} bytes more; the largest:\n"
+        f"{markdown_table(('layer', 'bits', 'error'), rows)}"
     )
 
 

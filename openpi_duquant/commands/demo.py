@@ -17,8 +17,7 @@ from openpi_duquant.accuracy import layer_errors
 from openpi_duquant.accuracy import relative_error
 from openpi_duquant.architecture import SMALL
 from openpi_duquant.architecture import Architecture
-from openpi_duquant.architecture import kept_in_float32
-from openpi_duquant.checkpoint import SafetensorsReader
+from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.checkpoint.files import iter_bytes
 from openpi_duquant.commands.comparison import markdown
 from openpi_duquant.commands.comparison import plot
@@ -28,13 +27,11 @@ from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.config import preset as preset_config
 from openpi_duquant.conversion import convert
-from openpi_duquant.conversion import folded_tensors
-from openpi_duquant.conversion import make_plan
 from openpi_duquant.conversion import open_source
 from openpi_duquant.engine import Observation
 from openpi_duquant.engine import Policy
-from openpi_duquant.engine import assemble
 from openpi_duquant.engine import load_policy
+from openpi_duquant.fidelity.layers import folded_original
 from openpi_duquant.progress import progress_bars
 from openpi_duquant.report import stamp
 from openpi_duquant.report import write_json
@@ -133,7 +130,7 @@ def _measure(
             task = bars.add_task(f"Converting with {name}", total=source_bytes)
             manifest = convert(source, scratch / name, config, progress=functools.partial(bars.advance, task))
             bars.advance(steps)
-            row = _compare(source, scratch / name, config, trial, original, functools.partial(bars.advance, steps))
+            row = _compare(source, scratch / name, manifest, trial, original, functools.partial(bars.advance, steps))
             rows.append({"preset": name, **row, **manifest.counts})
     return {"architecture": dataclasses.asdict(architecture), "original_bytes": source_bytes, "presets": rows}
 
@@ -141,7 +138,7 @@ def _measure(
 def _compare(
     source: pathlib.Path,
     converted: pathlib.Path,
-    config: DuQuantConfig,
+    manifest: Manifest,
     trial: Trial,
     original: tuple[Tensor, float],
     advance: Callable[[], None],
@@ -158,7 +155,7 @@ def _compare(
             "time_relative_to_original": seconds / original_seconds,
         }
         advance()
-    errors = layer_errors(_folded(source, config, trial.dtype), policy, trial.run)
+    errors = layer_errors(folded_original(source, manifest, trial.dtype), policy, trial.run)
     advance()
     return {
         "backends": backends,
@@ -166,12 +163,3 @@ def _compare(
         "median_layer_error": statistics.median(errors.values()),
         "worst_layer": max(errors, key=errors.__getitem__),
     }
-
-
-def _folded(source: pathlib.Path, config: DuQuantConfig, dtype: torch.dtype) -> Policy:
-    """The original with the folds of a config, not quantized: what its layers are compared with."""
-    with SafetensorsReader(source) as reader:
-        plan = make_plan(reader.types, config)
-        folded = folded_tensors(reader.read, plan)
-        state = {name: tensor if kept_in_float32(name) else tensor.to(dtype) for name, tensor in folded}
-        return assemble(plan.architecture, state, {}, backend="auto", dtype=dtype)

@@ -1,6 +1,8 @@
 """openpi-duquant evaluate-libero, which is also examples/libero/main.py."""
 
 from collections.abc import Mapping
+import contextlib
+import functools
 from typing import Any
 
 import tyro
@@ -9,6 +11,7 @@ from openpi_duquant.commands.console import console
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.libero.evaluation import Arguments
 from openpi_duquant.libero.evaluation import Evaluation
+from openpi_duquant.libero.evaluation import build_runner
 from openpi_duquant.libero.evaluation import check
 from openpi_duquant.libero.results import interval
 from openpi_duquant.libero.results import number
@@ -24,10 +27,27 @@ def evaluate_libero(arguments: tyro.conf.OmitArgPrefixes[Arguments] = Arguments(
     Writes results.json, results.csv, results.md, videos, and a journal that --resume continues from after any
     interruption. The status is non-zero if an episode ended in an error.
     """
+    results = run_episodes(arguments)
+    console.print(summary_lines(results))
+    console.print(f"wrote {arguments.results_dir}/results.json, .csv and .md")
+    if arguments.record:
+        console.print(f"recorded {arguments.record}")
+    errors = results["summary"]["errors"]
+    if errors:
+        raise DuQuantError(
+            f"{errors} of {len(arguments.episodes())} episodes ended in an error; --resume runs them again"
+        )
+
+
+def run_episodes(arguments: Arguments) -> dict[str, Any]:
+    """Runs what is left to run, an episode a line, and returns the results."""
     lines, stand_ins = check(arguments)
     for line in lines:
         console.print(line)
-    with Evaluation(arguments, stand_ins=stand_ins) as evaluation:
+    with contextlib.ExitStack() as stack:
+        recorder = stack.enter_context(arguments.recorder(stand_ins=stand_ins))
+        build = functools.partial(build_runner, arguments, recorder=recorder)
+        evaluation = stack.enter_context(Evaluation(arguments, stand_ins=stand_ins, build=build))
         total, left = len(evaluation.episodes), len(evaluation.waiting())
         if arguments.resume:
             console.print(f"resumed: {total - left} of {total} episodes are finished")
@@ -36,11 +56,7 @@ def evaluate_libero(arguments: tyro.conf.OmitArgPrefixes[Arguments] = Arguments(
             for record in evaluation.run():
                 advance(1)
                 console.print(episode_lines(record))
-    console.print(summary_lines(evaluation.results))
-    console.print(f"wrote {arguments.results_dir}/results.json, .csv and .md")
-    errors = evaluation.results["summary"]["errors"]
-    if errors:
-        raise DuQuantError(f"{errors} of {total} episodes ended in an error; --resume runs them again")
+    return evaluation.results
 
 
 def episode_lines(record: Record) -> str:

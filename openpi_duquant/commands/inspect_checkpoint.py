@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 import pathlib
+from statistics import mean
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,7 @@ import tyro
 
 from openpi_duquant.accuracy import weight_error
 from openpi_duquant.architecture import EMBEDDING
+from openpi_duquant.architecture import EXPERT_LM_HEAD
 from openpi_duquant.architecture import PALIGEMMA
 from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.checkpoint import SafetensorsReader
@@ -72,7 +74,8 @@ def _weight_errors(converted: SafetensorsReader, manifest: Manifest, source: pat
             raise DuQuantError(f"{source}: is not the checkpoint that this one was made of (sha256 differs)")
         plan = make_plan(reader.types, manifest.config, calibrated=manifest.calibration is not None)
         errors = {}
-        with progress_bar("Comparing weights", sum(iter_bytes(plan.source))) as progress:
+        read = {name: kind for name, kind in plan.source.items() if name != EXPERT_LM_HEAD}
+        with progress_bar("Comparing weights", sum(iter_bytes(read))) as progress:
             for name, weight in folded_tensors(reader.read, plan):
                 layer = name.removesuffix(".weight")
                 if layer in manifest.layers:
@@ -152,11 +155,24 @@ def _markdown(title: str, manifest: Manifest, results: Mapping[str, Any]) -> str
     sections = [
         f"# {title}",
         f"{counts['layers']} quantized layers, {len(manifest.folds)} folds, {counts['bytes']:,} bytes.",
+        _rounding(manifest),
         f"Made by openpi-duquant {manifest.tool_version} from {origin} (sha256 {manifest.source['sha256'][:16]}...).",
         markdown_table(("component", "quantized layers", "bytes", "of these in quantized layers"), components),
         markdown_table(header, layers),
     ]
     return "\n\n".join(sections)
+
+
+def _rounding(manifest: Manifest) -> str:
+    """How the weights were rounded, and what that means for the errors in the table."""
+    if manifest.calibration is None:
+        return "Weights are rounded to nearest."
+    errors = manifest.calibration["errors"]
+    return (
+        f"Weights are rounded by GPTQ, calibrated on {manifest.calibration.get('count', 'some')} observations "
+        f"({manifest.calibration.get('source', 'source not recorded')}): output error {mean(errors.values()):.4f} on "
+        "average. It trades the error of weights, which grows, for that of outputs. Layers without one never run."
+    )
 
 
 def _joined(steps: Iterable[str]) -> str:

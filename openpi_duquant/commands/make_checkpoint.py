@@ -41,4 +41,6 @@ def make_checkpoint(
         synthetic.make_checkpoint(
             folder, architecture, seed=seed, dtype=kind, action_horizon=action_horizon, progress=progress
         )
-    console.print(f"wrote {folder}: {total:,} bytes of random weights, of no use but for trying things out")
+    console.print(
+        f"wrote {folder}: a {size} {model}, {total:,} bytes of random weights, of no use but for trying things out"
+    )

@@ -170,7 +170,7 @@ def _notes(results: Results) -> str:
 
 
 def chart(results: Results, path: pathlib.Path) -> None:
-    """Median and p99 of every row, on a logarithmic scale."""
+    """Median and p99 of every row: points, for the scale is logarithmic and bars would have no length."""
     rows = measured(results)
     figure = Figure(figsize=(10, 1.2 + 0.36 * max(1, len(rows))), layout="constrained")
     axes = figure.subplots()
@@ -179,13 +179,17 @@ def chart(results: Results, path: pathlib.Path) -> None:
         real = "real W4A8" if name.startswith(("w4a8", "module")) else "simulated W4A8"
         kind = "bf16" if "bf16" in name or "openpi" in name else real
         late = [[0], [max(0.0, wall["p99_ms"] - wall["p50_ms"])]]
-        axes.barh(place, wall["p50_ms"], color=_COLORS[kind], xerr=late, ecolor="0.3", capsize=2)
+        axes.errorbar(wall["p50_ms"], place, xerr=late, fmt="o", color=_COLORS[kind], ecolor="0.3", capsize=2)
         axes.annotate(
             f"{_number(wall['p50_ms'])} ms", (wall["p99_ms"], place), (5, 0), textcoords="offset points", va="center"
         )
-    axes.set(xscale="log", xlabel="ms a call: p50, whisker to p99", title="A policy call")
+    axes.set(xscale="log", xlabel="ms a call: p50, whisker to p99; logarithmic", title="A policy call")
+    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        formatter(lambda ms, _: f"{ms:g}")
+    axes.grid(axis="x", which="both", color="0.9")
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.legend(handles=[Patch(color=color, label=kind) for kind, color in _COLORS.items()], loc="lower right")
+    handles = [Patch(color=color, label=kind) for kind, color in _COLORS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.savefig(path, dpi=120)

@@ -26,8 +26,6 @@ from openpi_duquant.commands.simulation import simulate_
 from openpi_duquant.config import PRESETS
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.config import openpi_source
-from openpi_duquant.config import read_environment
 from openpi_duquant.conversion import Plan
 from openpi_duquant.conversion import convert_tensors
 from openpi_duquant.conversion import make_plan
@@ -37,6 +35,8 @@ from openpi_duquant.engine import Policy
 from openpi_duquant.engine import assemble
 from openpi_duquant.engine import preprocess
 from openpi_duquant.engine.observation import prepare_image
+from openpi_duquant.environment import openpi_source
+from openpi_duquant.environment import read_environment
 from openpi_duquant.linear import prepare_
 from openpi_duquant.linear import quantize_
 

@@ -1,8 +1,10 @@
 """openpi-duquant serve-policy."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import pathlib
 import signal
 import socket
 import time
@@ -13,6 +15,7 @@ import tyro
 
 from openpi_duquant.commands.console import console
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.recorder import Recorder
 
 if TYPE_CHECKING:
     from openpi.policies.policy import Policy
@@ -31,6 +34,8 @@ def serve_policy(
     runtime: str | None = None,
     backend: str | None = None,
     device: str | None = None,
+    record: pathlib.Path | None = None,
+    record_limit: int = 64,
 ) -> None:
     """Serve a quantized policy over openpi's websocket protocol; needs openpi.
 
@@ -46,11 +51,15 @@ def serve_policy(
         runtime: engine or module; else OPENPI_DUQUANT_RUNTIME, else engine.
         backend: Backend of the quantized layers; else OPENPI_DUQUANT_BACKEND, else auto.
         device: cpu, cuda, cuda:1; cuda where there is one if not given.
+        record: Folder to make, when the server ends, with observations that the policy saw; see record-observations.
+        record_limit: Observations to keep there, evenly sampled.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     from openpi_duquant import plugin  # noqa: PLC0415
 
     _require_free(host, port)
+    about = {"source": "serve-policy", "config": config, "checkpoint": checkpoint}
+    recorder = Recorder(record, limit=record_limit, info=about) if record else None
     try:
         train_config = plugin.get_config(config)
     except ValueError as error:
@@ -69,7 +78,10 @@ def serve_policy(
     warm_up(policy)
     logger.info("warm after %.1f s", time.monotonic() - start)
     server = WebsocketPolicyServer(policy, host, port, metadata=policy.metadata)
-    asyncio.run(_serve_until_stopped(server, f"{host}:{port}"))
+    with recorder or contextlib.nullcontext():
+        if recorder:
+            recorder.watch(policy)
+        asyncio.run(_serve_until_stopped(server, f"{host}:{port}"))
 
 
 def warm_up(policy: "Policy") -> None:

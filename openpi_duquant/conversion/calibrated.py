@@ -9,6 +9,7 @@ import pathlib
 import shutil
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save_file
@@ -40,13 +41,13 @@ def kept_until_done(target: pathlib.Path, key: object) -> Iterator[pathlib.Path]
     Raises:
         DuQuantError: If another process has the folder.
     """
-    folder = target.parent / f".{target.name}.calibration"
+    folder = _folder(target)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DuQuantError(f"{target}: another calibrated conversion is making it") from None
+            raise DuQuantError(f"{target}: another calibrated conversion is making it; wait until it is done") from None
         content, path = json.dumps(key, sort_keys=True), folder / "key.json"
         if not path.exists() or path.read_text() != content:
             for file in folder.glob("*.safetensors"):
@@ -56,6 +57,15 @@ def kept_until_done(target: pathlib.Path, key: object) -> Iterator[pathlib.Path]
         shutil.rmtree(folder)
 
 
+def kept_bytes(target: pathlib.Path) -> int:
+    """Bytes of the layers that an interrupted conversion has left beside its target."""
+    return sum(path.stat().st_size for path in _folder(target).glob("*.safetensors"))
+
+
+def _folder(target: pathlib.Path) -> pathlib.Path:
+    return target.parent / f".{target.name}.calibration"
+
+
 def calibrate_layers(
     folder: pathlib.Path,
     source: Mapping[str, Tensor],
@@ -63,6 +73,7 @@ def calibrate_layers(
     recording: Recording,
     device: torch.device | str,
     progress: Progress,
+    observed: Progress,
 ) -> tuple[Plan, dict[str, Any]]:
     """Calibrates the decoder layers of both models; those that the folder holds already are only run.
 
@@ -73,6 +84,7 @@ def calibrate_layers(
         recording: The observations.
         device: Where it is done: in bf16 on a GPU, else in fp32.
         progress: Called with source bytes as they are done.
+        observed: Called with observations as the original has run on them.
 
     Returns:
         The plan with the bits that the layers got, and what was found, `Calibrator.errors` and `.corrections`.
@@ -83,9 +95,9 @@ def calibrate_layers(
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     policy = assemble(plan.architecture, source, {}, backend="reference", dtype=dtype, device=device)
     schedule = policy.tabulated(recording.num_steps)
-    states = record_states(policy, recording.examples, schedule)
-    del policy
+    states = record_states(policy, recording.examples, schedule, observed)
     calibrator = Calibrator(plan.architecture, plan.config, plan.layers, states, schedule, dtype)
+    del policy, states  # the calibrator's move on
     for names in units(plan):
         if (index := decoder_layer(names[0])) is None:
             continue
@@ -113,7 +125,12 @@ def _path(folder: pathlib.Path, index: int) -> pathlib.Path:
 
 def _save(path: pathlib.Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"record": json.dumps(record)})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, partial, {"record": json.dumps(record)})
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise DuQuantError(f"{path}: cannot be written ({error}); the layers before it are kept") from None
     partial.rename(path)
 
 

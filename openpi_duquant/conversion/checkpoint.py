@@ -20,12 +20,14 @@ from openpi_duquant.checkpoint.manifest import Manifest
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.conversion.calibrated import calibrate_layers
+from openpi_duquant.conversion.calibrated import kept_bytes
 from openpi_duquant.conversion.calibrated import kept_until_done
 from openpi_duquant.conversion.calibrated import layer_tensors
 from openpi_duquant.conversion.plan import Plan
 from openpi_duquant.conversion.plan import make_plan
 from openpi_duquant.conversion.tensors import Progress
 from openpi_duquant.conversion.tensors import convert_tensors
+from openpi_duquant.folds import decoder_layer
 from openpi_duquant.recording import Recording
 
 
@@ -37,6 +39,7 @@ def convert(
     calibration: Recording | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = lambda _: None,
+    observed: Progress = lambda _: None,
 ) -> Manifest:
     """Converts a checkpoint of openpi into a W4A8 checkpoint.
 
@@ -50,26 +53,29 @@ def convert(
         calibration: Observations that the weights are rounded for, see `calibration.calibrate`; None: to the nearest.
         device: Where the arithmetic is done, one decoder layer at a time.
         progress: Called with source bytes as they are done.
+        observed: Called with observations as the original has run on them.
 
     Returns:
         The manifest of the result.
 
     Raises:
         DuQuantError: On a source that is missing, damaged, already converted, not finite or changed meanwhile; on a
-            target that exists; or as `make_plan`.
+            target that exists; on observations of another policy; or as `make_plan`.
     """
     source, target = pathlib.Path(source), pathlib.Path(target)
     version = importlib.metadata.version("openpi-duquant")
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(open_source(source))
         plan = make_plan(reader.types, config, calibrated=calibration is not None)
-        _check_target(source, target, plan.counts()["bytes"])
+        _check_target(source, target, _disk_needed(target, plan, calibrated=calibration is not None))
+        if calibration is not None:
+            calibration.require_fit(plan.architecture)
         before = _identities(reader.files)
         found, calibrated = {}, None
         if calibration is not None:
             key = [before, calibration.info, config.to_json(), version, str(device)]
             folder = stack.enter_context(kept_until_done(target, key))
-            plan, found = calibrate_layers(folder, reader, plan, calibration, device, progress)
+            plan, found = calibrate_layers(folder, reader, plan, calibration, device, progress, observed)
             calibrated = functools.partial(layer_tensors, folder)
         partial = stack.enter_context(renamed_when_whole(target))
         with SafetensorsWriter(partial / WEIGHTS_NAME, plan.types) as writer:
@@ -89,6 +95,15 @@ def _identities(paths: Sequence[pathlib.Path]) -> list[tuple[int, ...]]:
     """What changes when a file is written to or replaced."""
     states = [path.stat() for path in paths]
     return [(state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states]
+
+
+def _disk_needed(target: pathlib.Path, plan: Plan, *, calibrated: bool) -> int:
+    """Bytes of the result, and of the calibrated layers that lie beside it until it is whole, less what is there."""
+    needed = plan.counts()["bytes"]
+    if calibrated:
+        types = {name: kind for name, kind in plan.types.items() if decoder_layer(name) is not None}
+        needed += max(0, sum(iter_bytes(types)) - kept_bytes(target))
+    return needed
 
 
 def _check_target(source: pathlib.Path, target: pathlib.Path, needed: int) -> None:

@@ -73,9 +73,15 @@ def make_plan(source: Mapping[str, TensorType], config: DuQuantConfig, *, calibr
         DuQuantError: If it is not a pi0 or pi0.5 checkpoint, or `config` selects nothing or does not fit it, or
             `config` needs calibration data and there is none, or the other way round.
     """
-    if not calibrated and (config.weight_rounding == "gptq" or config.keep_error_below):
-        field = "keep_error_below" if config.keep_error_below else "weight_rounding: 'gptq'"
-        raise DuQuantError(f"{field} needs calibration data; record some and give it, or do not ask")
+    asked = {
+        "weight_rounding: 'gptq'": config.weight_rounding == "gptq",
+        "keep_error_below": config.keep_error_below is not None,
+        "attention_temperature": config.attention_temperature,
+        "output_energy": config.output_energy,
+    }
+    if not calibrated and any(asked.values()):
+        fields = ", ".join(field for field in asked if asked[field])
+        raise DuQuantError(f"{fields} needs calibration data; record some and give it, or do not ask")
     if calibrated and config.weight_rounding == "nearest":
         raise DuQuantError("weight_rounding: 'nearest' does not look at calibration data; give none, or take 'auto'")
     architecture = Architecture.infer({name: shape for name, (_, shape) in source.items()})

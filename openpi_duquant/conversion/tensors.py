@@ -19,7 +19,7 @@ Read = Callable[[str], Tensor]
 """Returns a tensor of the source by name, on the device where the arithmetic is done."""
 
 Progress = Callable[[int], None]
-"""Called with the number of source bytes done since the last call."""
+"""Called with the number, of source bytes or of observations, that are done since the last call."""
 
 
 def convert_tensors(

@@ -32,16 +32,11 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
-        self.is_plain = False
-
-    def optimize_(self) -> None:
-        """Leaves out a weight of zeros, as conversion leaves it where it folds the gain into the layers that follow."""
-        self.is_plain = not self.weight.is_meta and not self.weight.any().item()
 
     def prologue(self, modulation: None = None) -> tuple[Prologue, None]:
         """The norm, for the layers that read it, and no gate."""
         del modulation
-        return Prologue(norm=True, scale=None if self.is_plain else self.weight), None
+        return Prologue(norm=True, scale=self.weight), None
 
 
 class AdaptiveRMSNorm(nn.Module):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from openpi_duquant import config
+from openpi_duquant.environment import cache_folder
 from openpi_duquant.kernels import self_test
 from openpi_duquant.kernels.backend import Backend
 from openpi_duquant.kernels.backend import Problem
@@ -119,7 +119,7 @@ def _path(where: Mapping[str, str], problem: Problem) -> tuple[pathlib.Path, dic
     measured = {**where, "layer": layer}
     digest = hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
     name = f"{problem} {digest}.json".replace(" ", "-")
-    return config.cache_folder() / "auto" / name, measured
+    return cache_folder() / "auto" / name, measured
 
 
 def _read(path: pathlib.Path, measured: Mapping[str, Any], backends: Iterable[str], problem: Problem) -> Choice | None:

@@ -1,6 +1,5 @@
 """Files in the cache, which several processes may write at the same time."""
 
-import os
 import pathlib
 import tempfile
 
@@ -12,7 +11,7 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
         OSError: If it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.chmod(file.name, 0o644)  # noqa: PTH101
-    os.replace(file.name, path)  # noqa: PTH105
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        partial = pathlib.Path(folder) / path.name
+        partial.write_bytes(content)
+        partial.replace(path)

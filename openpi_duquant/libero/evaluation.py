@@ -1,6 +1,7 @@
 """A run: which episodes, with which policy, and what is kept of them."""
 
 from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -28,9 +29,16 @@ from openpi_duquant.libero.simulator import are_stand_ins
 from openpi_duquant.libero.simulator import number_of_tasks
 from openpi_duquant.libero.simulator import prepare
 from openpi_duquant.libero.workers import RayWorkers
+from openpi_duquant.recorder import Recorder
 from openpi_duquant.report import stamp
 
 DEFAULT_CONFIG = "pi05_libero_duquant"
+
+_FREE = {
+    "host", "port", "results_dir", "resume", "keep_going", "videos", "assets", "num_workers", "ray_address", "record",
+    "record_limit",
+}  # fmt: skip
+"""Arguments that a resumed run need not share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +64,8 @@ class Arguments:
         num_workers: Episodes that run at a time, in processes of Ray; each has its simulator, and without --host its
             policy too.
         ray_address: A cluster of Ray that runs already; its machines see the same folders.
+        record: Folder to make with observations that the policy of --checkpoint saw, see record-observations.
+        record_limit: Observations to keep there, evenly sampled.
     """
 
     checkpoint: pathlib.Path | None = None
@@ -74,9 +84,11 @@ class Arguments:
     assets: pathlib.Path | None = None
     num_workers: int = 1
     ray_address: str | None = None
+    record: pathlib.Path | None = None
+    record_limit: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("checkpoint", "results_dir", "assets"):  # workers have a working directory of their own
+        for name in ("checkpoint", "results_dir", "assets", "record"):  # workers have a working directory of their own
             path = getattr(self, name)
             object.__setattr__(self, name, path and path.absolute())
 
@@ -106,8 +118,15 @@ class Arguments:
 
     def identity(self) -> dict[str, Any]:
         """Those that a resumed run must share."""
-        free = ("host", "port", "results_dir", "resume", "keep_going", "videos", "assets", "num_workers", "ray_address")
-        return {name: value for name, value in self.to_json().items() if name not in free}
+        return {name: value for name, value in self.to_json().items() if name not in _FREE}
+
+    def recorder(self, *, stand_ins: bool) -> contextlib.AbstractContextManager[Recorder | None]:
+        """What records the policy, if it is to be recorded."""
+        if self.record is None:
+            return contextlib.nullcontext()
+        about = {"source": self.task_suite_name, "config": self.policy_config or DEFAULT_CONFIG}
+        about |= {"checkpoint": str(self.checkpoint), "assets": STAND_INS if stand_ins else "LIBERO"}
+        return Recorder(self.record, limit=self.record_limit, seed=self.seed, info=about)
 
 
 def check(arguments: Arguments) -> tuple[list[str], bool]:
@@ -121,6 +140,10 @@ def check(arguments: Arguments) -> tuple[list[str], bool]:
     """
     if bool(arguments.host) == bool(arguments.checkpoint):
         raise DuQuantError("give --checkpoint for a policy in this process, or --host for a running server")
+    if arguments.record and (arguments.host or arguments.num_workers > 1):
+        raise DuQuantError(
+            "--record records a policy in this process, with one worker; serve-policy records a server's"
+        )
     if arguments.num_workers < 1:
         raise DuQuantError(f"num_workers: {arguments.num_workers} is less than 1")
     arguments.episodes()
@@ -145,8 +168,8 @@ def servers(arguments: Arguments) -> list[tuple[str, int]]:
     return [(host, port) for host in arguments.host for port in arguments.port]
 
 
-def build_runner(arguments: Arguments, worker: int) -> Runner:
-    """The simulator and the policy of a worker; with several servers, workers take turns.
+def build_runner(arguments: Arguments, worker: int, recorder: Recorder | None = None) -> Runner:
+    """The simulator and the policy of a worker; with several servers, workers take turns. A recorder records it.
 
     Raises:
         DuQuantError: If one of them cannot be had.
@@ -154,6 +177,8 @@ def build_runner(arguments: Arguments, worker: int) -> Runner:
     simulator = LiberoSimulator(arguments.task_suite_name, arguments.assets)
     if arguments.checkpoint:
         policy, metadata = load_in_process(arguments.checkpoint, arguments.policy_config or DEFAULT_CONFIG)
+        if recorder:
+            recorder.watch(policy)
     else:
         addresses = servers(arguments)
         policy = ServerPolicy(*addresses[worker % len(addresses)])

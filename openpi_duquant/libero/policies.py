@@ -12,8 +12,8 @@ from openpi_duquant.checkpoint import MANIFEST_NAME
 from openpi_duquant.checkpoint.files import WEIGHTS_NAME
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.config import Environment
-from openpi_duquant.config import read_environment
+from openpi_duquant.environment import Environment
+from openpi_duquant.environment import read_environment
 from openpi_duquant.libero.episode import Policy
 
 SUFFIX = "_duquant"

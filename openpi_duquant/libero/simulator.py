@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.config import default_variable
+from openpi_duquant.environment import default_variable
 from openpi_duquant.libero.episode import MAX_STEPS
 from openpi_duquant.libero.episode import Episode
 

@@ -78,13 +78,19 @@ def _same(x: Tensor, other: Tensor) -> bool:
     return x.data_ptr() == other.data_ptr() and (x.shape, x.dtype) == (other.shape, other.dtype)
 
 
-def input_moment(model: nn.Module, name: str, linear: nn.Linear, run: Callable[[nn.Module], object]) -> InputMoment:
-    """Moment of all inputs of one layer, in one run of the model.
+def input_moment(
+    model: nn.Module,
+    name: str,
+    linear: nn.Linear,
+    run: Callable[[nn.Module], object],
+    moment: InputMoment | None = None,
+) -> InputMoment:
+    """Moment of all inputs of one layer, in one run of the model; added to `moment`, if one is given.
 
     Raises:
         DuQuantError: If the layer never ran, or on inputs that are not finite; names the layer.
     """
-    moment = InputMoment(linear.in_features, linear.weight.device)
+    moment = moment or InputMoment(linear.in_features, linear.weight.device)
     with _hooked({linear: moment.add}):
         _run(model, run)
     if not moment.rows:

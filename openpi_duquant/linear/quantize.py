@@ -170,7 +170,7 @@ def _quantize_rows(
     if feedback is None:
         codes = quant.quantize_weight(weight, scale, spec.weight_bits)
     else:
-        codes = gptq.gptq(weight, scale, spec.weight_bits, feedback)
+        codes, scale = gptq.fitted_gptq(weight, scale, spec.weight_bits, feedback)
     return tensors | {"weight_packed": packing.pack(codes, spec.weight_bits), "weight_scale": scale}
 
 

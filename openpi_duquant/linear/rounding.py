@@ -21,22 +21,25 @@ class InputMoment:
     Args:
         width: K.
         device: Where the two [K, K] fp32 sums are held.
+
+    Attributes:
+        sample: Number of the next sample; to be set where samples come again, so that each stays in its half.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self._sums = torch.zeros(2, width, width, device=device)
         self._rows = [0, 0]
-        self._samples = 0
+        self.sample = 0
 
     def add(self, x: Tensor) -> None:
         """Counts in inputs [..., K]; a sample is one index of the first dimension, as in a batch."""
         samples = x.detach().reshape(len(x), -1, x.shape[-1]) if x.ndim > 1 else x.detach().reshape(1, 1, -1)
         for half in (0, 1):
-            rows = samples[(half + self._samples) % 2 :: 2].flatten(0, 1).float()
+            rows = samples[(half + self.sample) % 2 :: 2].flatten(0, 1).float()
             with full_precision(rows):
                 self._sums[half].addmm_(rows.T, rows)
             self._rows[half] += len(rows)
-        self._samples += len(samples)
+        self.sample += len(samples)
 
     @property
     def rows(self) -> int:
@@ -77,21 +80,16 @@ def fit_feedback(
     """
 
     def feedback(of: Tensor, share: float) -> Feedback:
-        return gptq.error_feedback(_transformed(gptq.dampened(of, share), transform))
+        return gptq.error_feedback(transform.of_moment(gptq.dampened(of, share)))
 
     halves = moment.halves
     if dampening is not None or not halves:
         return feedback(moment.whole, dampening or DAMPENINGS[len(DAMPENINGS) // 2])
-    held_out = _transformed(halves[1].double(), transform).float()
+    held_out = transform.of_moment(halves[1].double()).float()
     trial = weight[:: -(-len(weight) // _TRIAL_ROWS)]
     scale = quant.weight_scale(trial, bits)
     errors = {}
     for share in DAMPENINGS:
         codes = gptq.gptq(trial, scale, bits, feedback(halves[0], share))
-        errors[share] = gptq.output_error(trial - quant.dequantize_weight(codes, scale), held_out).item()
+        errors[share] = gptq.output_error(trial - quant.dequantize_weight(codes, scale), held_out).sum().item()
     return feedback(moment.whole, min(errors, key=errors.__getitem__))
-
-
-def _transformed(moment: Tensor, transform: Transform) -> Tensor:
-    """The moment of transformed inputs: T^T H T for x -> x T."""
-    return transform.apply(transform.apply(moment).T)

@@ -15,10 +15,10 @@ from openpi_duquant.checkpoint import SafetensorsReader
 from openpi_duquant.checkpoint.files import iter_bytes
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.config import cache_folder
 from openpi_duquant.conversion import convert
 from openpi_duquant.conversion import make_plan
 from openpi_duquant.conversion import open_source
+from openpi_duquant.environment import cache_folder
 from openpi_duquant.plugin.quantization import Quantization
 from openpi_duquant.progress import progress_bar
 from openpi_duquant.recording import Recording

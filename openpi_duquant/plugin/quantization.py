@@ -5,11 +5,11 @@ import functools
 
 import torch
 
-from openpi_duquant.config import RUNTIMES
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.config import Environment
-from openpi_duquant.config import read_environment
+from openpi_duquant.environment import RUNTIMES
+from openpi_duquant.environment import Environment
+from openpi_duquant.environment import read_environment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,6 +115,12 @@ def test_a_tensor_that_was_not_announced_as_such_is_refused(tmp_path: pathlib.Pa
     assert [tensor.tolist() for tensor in load_file(tmp_path / "file").values()] == [[1, 1, 1], [2, 2, 2]]
 
 
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_error_though_closing_fails_too() -> None:
+    with pytest.raises(DuQuantError, match=r"/dev/full: cannot be written \(No space left on device\)"):
+        write(pathlib.Path("/dev/full"), {"a": torch.zeros(3)}, ["a"])
+
+
 def test_a_file_that_lacks_a_tensor_is_an_error_that_names_it(tmp_path: pathlib.Path) -> None:
     tensors = {"here": torch.zeros(3), "forgotten": torch.zeros(3)}
     with pytest.raises(ValueError, match="forgotten"):

@@ -191,6 +191,12 @@ def test_a_recording_is_what_weights_are_rounded_for(
     manifest = Manifest.load(tmp_path / "a")
     errors, bits = manifest.calibration["errors"], [spec.weight_bits for spec in manifest.layers.values()]
     assert f"{sum(errors.values()) / len(errors):.4f} on average, {bits.count(8)} layers raised to 8 bits" in shown
+    plain = Manifest.load(tmp_path / "nearest").counts["bytes"]
+    assert f"8 bits, {manifest.counts['bytes'] - plain:,} bytes more" in shown
+    head = "--calibration", tmp_path / "seen", "--layers", "action_in_proj"
+    assert "say nothing of the inputs of these layers" in command(
+        "convert-checkpoint", own_source, tmp_path / "head", *head
+    )
     assert 0 < bits.count(8) < 28
     assert f"{manifest.counts['bytes']:,} after" in shown
     assert f"{max(errors.values()):.4f} |" in shown

@@ -130,7 +130,8 @@ def test_folds_are_taken_into_account(
     demo: tuple[pathlib.Path, str, dict[str, Any]], source: pathlib.Path, converted: Callable[[str], pathlib.Path]
 ) -> None:
     layer = LANGUAGE + "layers.0.self_attn."
-    tensors, gain = arrays(converted("default")), 1 + arrays(source)[LANGUAGE + "layers.0.input_layernorm.weight"]
+    tensors, norm = arrays(converted("default")), LANGUAGE + "layers.0.input_layernorm.weight"
+    gain = (1 + arrays(source)[norm]) / (1 + tensors[norm])
     permutation = next(tensors[name] for m in "kqv" if (name := f"{layer}{m}_proj.permutation") in tensors)
     codes, scale = decoded(tensors, layer + "q_proj")
     errors = []

@@ -23,15 +23,6 @@ def test_rms_norm() -> None:
     assert gate is None
 
 
-def test_a_weight_of_zeros_is_left_out() -> None:
-    norm = gemma.RMSNorm(16)
-    norm.optimize_()
-    assert norm.prologue()[0].scale is None
-    norm.weight.data[3] = 0.5
-    norm.optimize_()
-    assert norm.prologue()[0].scale is norm.weight
-
-
 def test_adaptive_rms_norm_scales_shifts_and_gates() -> None:
     norm = gemma.AdaptiveRMSNorm(16)
     x, modulation = torch.randn(5, 16), torch.randn(48)

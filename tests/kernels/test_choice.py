@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from openpi_duquant import config
 from openpi_duquant import kernels
 from openpi_duquant import packing
+from openpi_duquant.environment import cache_folder
 from openpi_duquant.kernels import Backend
 from openpi_duquant.kernels import Problem
 from openpi_duquant.kernels import choice
@@ -67,7 +67,7 @@ def fastest(problem: Problem = PROBLEM) -> str:
 
 
 def files() -> list[pathlib.Path]:
-    return sorted((config.cache_folder() / "auto").glob("*"))
+    return sorted((cache_folder() / "auto").glob("*"))
 
 
 def test_the_sum_over_a_call_counts(stopwatch: Stopwatch) -> None:
@@ -179,6 +179,13 @@ def test_several_writers_leave_a_whole_file(tmp_path: pathlib.Path) -> None:
         job.result()
     assert seen | {path.read_bytes()} <= set(contents)
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        write_whole(tmp_path / "taken", b"content")
+    assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 
 
 def test_a_backend_that_cannot_be_measured_is_left_out(stopwatch: Stopwatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ import pytest
 from openpi_duquant import PRESETS
 from openpi_duquant import DuQuantConfig
 from openpi_duquant import DuQuantError
-from openpi_duquant.config import read_environment
+from openpi_duquant.environment import read_environment
 from openpi_duquant.libero.evaluation import Arguments
 from openpi_duquant.libero.evaluation import check
 

@@ -17,9 +17,9 @@ from openpi_host import shrunken_openpi
 from openpi_host import tiny_openpi_model
 import pytest
 
-from openpi_duquant.config import ENVIRONMENT_PREFIX
 from openpi_duquant.config import DuQuantConfig
 from openpi_duquant.conversion import convert
+from openpi_duquant.environment import ENVIRONMENT_PREFIX
 
 ASSETS = {
     "droid": {"state": 8, "actions": 8},

@@ -22,6 +22,7 @@ import torch
 from openpi_duquant.commands import main
 from openpi_duquant.commands.serve_policy import warm_up
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.recording import load_recording
 
 pytestmark = [
     pytest.mark.openpi,
@@ -198,6 +199,24 @@ def test_sigterm_ends_serve_policy_and_frees_the_port(
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             again.bind(("127.0.0.1", port))
     np.testing.assert_array_equal(served, in_process(example("libero"), "module"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_writes_what_it_saw_when_it_ends(
+    openpi: pathlib.Path, hosts: Any, example: Any, tmp_path: pathlib.Path, number: signal.Signals
+) -> None:
+    port = free_port()
+    options = f"--port={port}", f"--record={tmp_path / 'r'}", "--record-limit=2"
+    command = TESTS.parent / "tools" / "serve_policy.py", hosts.converted / "pi05", *options
+    with server(openpi, tmp_path / "log", port, *command) as process:
+        with clients(port) as (policy,):
+            for seed in range(3):
+                policy.infer(example("libero", seed))
+        process.send_signal(number)
+        assert process.wait(30) == 0, (tmp_path / "log").read_text()
+    recording = load_recording(tmp_path / "r")
+    assert (recording.info["seen"], recording.info["count"]) == (3, 2)
+    assert recording.info["config"] == "pi05_libero_duquant"
 
 
 @pytest.fixture

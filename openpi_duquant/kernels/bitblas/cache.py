@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-from openpi_duquant import config
+from openpi_duquant.environment import cache_folder
 from openpi_duquant.kernels.bitblas import patches
 from openpi_duquant.kernels.files import write_whole
 
@@ -53,7 +53,7 @@ def find(name: str, architecture: str, driver: tuple[int, int]) -> Entry | None:
 
 
 def _root() -> pathlib.Path:
-    return config.cache_folder() / "bitblas"
+    return cache_folder() / "bitblas"
 
 
 def _prefix(architecture: str) -> str:
