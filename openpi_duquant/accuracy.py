@@ -10,7 +10,6 @@ from torch import Tensor
 from torch import nn
 
 from openpi_duquant import gptq
-from openpi_duquant import packing
 from openpi_duquant import quant
 from openpi_duquant import transforms
 from openpi_duquant.linear import LayerSpec
@@ -34,8 +33,7 @@ def weight_error(weight: Tensor, spec: LayerSpec, tensors: Mapping[str, Tensor],
     """
     layer = QuantLinear(dataclasses.replace(spec, bias=False), device="meta")
     layer.load_state_dict(dict(tensors), assign=True)
-    stored = quant.dequantize_weight(packing.unpack(layer.weight_packed), layer.weight_scale)
-    transform = layer.transform
+    stored, transform = layer.stored_weight(), layer.transform
     expected = transforms.rotate_rows(transform.dual().apply(weight.float()), transforms.inverse(layer.restore))
     if moment is None:
         return relative_error(stored, expected)

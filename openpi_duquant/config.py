@@ -92,6 +92,10 @@ class DuQuantConfig:
         """Rows that are rotated together and restored at run time; 0 when none are."""
         return self.output_rotation_block or self.rotation_block if self.row_rotation == "restore" else 0
 
+    def bits_of(self, layer: str) -> int:
+        """Weight bits that are asked for a layer."""
+        return self.layer_bits.get(layer, self.weight_bits)
+
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; `from_json` inverts it exactly."""
         return dataclasses.asdict(self) | {"layers": list(self.layers)}

@@ -12,12 +12,18 @@ TARGET = "openpi.training.config"
 class Finder:
     """Finds nothing; wraps the loader that another finder has for openpi's configs."""
 
+    asking = False
+
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         """The spec of openpi's configs, whose loader registers ours afterwards; None for any other module."""
-        if name != TARGET:
+        if name != TARGET or self.asking:  # of two such finders, each asks the other
             return None
-        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, others), None)
+        self.asking = True
+        try:
+            others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+            spec = next(filter(None, others), None)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

@@ -20,6 +20,7 @@ from openpi_duquant import convert
 from openpi_duquant import load_policy
 from openpi_duquant import synthetic
 from openpi_duquant.accuracy import relative_error
+from openpi_duquant.architecture import Architecture
 from openpi_duquant.calibration import Calibrator
 from openpi_duquant.calibration import calibrator
 from openpi_duquant.calibration import record_states
@@ -46,8 +47,7 @@ STEPS = 3
 def recording(folder: pathlib.Path, count: int = 6, first: int = 0) -> Recording:
     """Prompts of two lengths, so that there are batches of two shapes."""
     with SafetensorsReader(folder) as reader:
-        architecture = Manifest.load(folder).architecture if (folder / "duquant.json").exists() else None
-        architecture = architecture or synthetic.Architecture.infer(reader.shapes)
+        architecture = Architecture.infer(reader.shapes)
     made = (synthetic.libero_like_observation(architecture, seed=s, prompt_tokens=9 + s % 2) for s in range(count))
     return Recording([Example(*pair) for pair in made][first:], {"num_steps": STEPS})
 

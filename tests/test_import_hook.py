@@ -82,6 +82,15 @@ print(wave.__spec__.loader.exec_module.__qualname__)
     assert run(program).splitlines() == ["set() False", "_LoaderBasics.exec_module"]
 
 
+def test_two_hooks_do_not_ask_each_other_for_ever(run: Run) -> None:
+    program = """
+import sys, _openpi_duquant_hook
+sys.meta_path.insert(0, _openpi_duquant_hook.Finder())
+import openpi.training.config
+"""
+    assert run(program) == "registered after ['pi05_libero']\n"
+
+
 def test_a_look_that_imports_nothing_does_not_use_the_hook_up(run: Run) -> None:
     program = """
 import importlib.util

@@ -13,7 +13,7 @@ from openpi_duquant.architecture import Architecture
 from openpi_duquant.calibration.protection import PROTECTED
 from openpi_duquant.calibration.states import States
 from openpi_duquant.calibration.states import Stream
-from openpi_duquant.checkpoint.load import stored_name
+from openpi_duquant.checkpoint.load import tensors_of
 from openpi_duquant.config import ACTION_EXPERT
 from openpi_duquant.config import LANGUAGE_MODEL
 from openpi_duquant.config import DuQuantConfig
@@ -25,6 +25,7 @@ from openpi_duquant.folds import decoder_layer
 from openpi_duquant.linear import LayerSpec
 from openpi_duquant.linear import quantize_group
 from openpi_duquant.linear.calibration import input_moment
+from openpi_duquant.linear.quantize import by_full_name
 from openpi_duquant.linear.quantize import members_by_group
 from openpi_duquant.linear.quantize import quant_linear
 from openpi_duquant.linear.quantize import replace_modules
@@ -152,9 +153,8 @@ class Calibrator:
 
     def _place(self, layer: nn.Module, name: str, tensors: Weights) -> None:
         """Puts a quantized layer into its decoder layer."""
-        spec, linear = self.specs[name], _submodule(layer, name)
-        own = {part: tensors[stored_name(f"{name}.{part}", self.specs)] for part in spec.tensors()}
-        replace_modules(layer, {linear: quant_linear(linear, spec, own, "fake")})
+        linear, own = _submodule(layer, name), tensors_of(name, self.specs, tensors)
+        replace_modules(layer, {linear: quant_linear(linear, self.specs[name], own, "fake")})
 
     def _quantize_group(self, weights: Weights, moment: InputMoment | None) -> dict[str, Tensor]:
         """Quantizes a group: to nearest without a moment; with 8 bits, where 4 leave too much error."""
@@ -169,13 +169,11 @@ class Calibrator:
     def _attempt(self, weights: Weights, moment: InputMoment | None) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Tensors of a group, and the error of each layer's outputs if the inputs are known."""
         tensors = quantize_group(weights, self.specs, self._config, moment)
-        flat = {f"{layer}.{name}": tensor for layer, parts in tensors.items() for name, tensor in parts.items()}
-        if moment is None:
-            return flat, {}
-        return flat, {
-            name: weight_error(weight, self.specs[name], tensors[name], moment.whole)
-            for name, weight in weights.items()
-        }
+        errors: dict[str, float] = {}
+        if moment is not None:
+            whole = moment.whole
+            errors = {name: weight_error(weights[name], self.specs[name], tensors[name], whole) for name in weights}
+        return by_full_name(tensors), errors
 
     def _protect(
         self, model: str, index: int, layer: nn.Module, weights: Weights, group: Sequence[str], tensors: Weights

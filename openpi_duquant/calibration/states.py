@@ -1,7 +1,6 @@
 """Recorded observations on their way through the decoder layers."""
 
 from collections.abc import Callable, Iterator, Sequence
-import contextlib
 import dataclasses
 import itertools
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from openpi_duquant.engine.gemma import rotary
 from openpi_duquant.engine.observation import Prefix
 from openpi_duquant.engine.observation import preprocess
 from openpi_duquant.engine.policy import Policy
+from openpi_duquant.linear.calibration import watched
 from openpi_duquant.recording import Example
 
 _BATCH = 8
@@ -53,7 +53,9 @@ def record_states(
     """
     states = []
     for prefix, state, noise in _batches(policy, examples):
-        with torch.no_grad(), _inputs_of(policy.language_model) as language, _inputs_of(policy.expert) as expert:
+        language: list[Tensor] = []
+        expert: list[Tensor] = []
+        with torch.no_grad(), watched({policy.language_model: language.append, policy.expert: expert.append}):
             policy.compute(policy.inputs(prefix, state, noise), schedule)
         states.append(States(language[0], torch.stack(expert)))
         progress(len(noise))
@@ -73,17 +75,6 @@ def _batches(policy: Policy, examples: Sequence[Example]) -> Iterator[tuple[Pref
             fields = zip(*((p.images, p.image_mask, p.tokens, p.token_mask) for p in prefixes))
             prefix = Prefix(*map(torch.cat, fields))
             yield prefix, None if states[0] is None else torch.cat(states), torch.cat(noises)
-
-
-@contextlib.contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The first argument of every call of a module."""
-    inputs: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    try:
-        yield inputs
-    finally:
-        handle.remove()
 
 
 class Call(NamedTuple):

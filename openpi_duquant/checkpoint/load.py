@@ -80,6 +80,11 @@ def stored_name(name: str, layers: Mapping[str, LayerSpec]) -> str:
     return f"{layers[layer].group}.{tensor}" if layer in layers and tensor in SHARED_TENSORS else name
 
 
+def tensors_of(layer: str, layers: Mapping[str, LayerSpec], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that `LayerSpec.tensors` names, of one layer of a checkpoint; looked up one by one."""
+    return {name: tensors[stored_name(f"{layer}.{name}", layers)] for name in layers[layer].tensors()}
+
+
 def fill_openpi_model(
     model: nn.Module,
     tensors: Mapping[str, Tensor],

@@ -133,7 +133,7 @@ def _rounding(manifest: Manifest) -> str:
     errors: dict[str, float] = manifest.calibration["errors"]
     if not errors:
         return "weights rounded to nearest: the observations say nothing of the inputs of these layers"
-    raised = [spec for name, spec in manifest.layers.items() if spec.weight_bits > _asked_bits(manifest.config, name)]
+    raised = [spec for name, spec in manifest.layers.items() if spec.weight_bits > manifest.config.bits_of(name)]
     added = sum(spec.in_features * spec.out_features // 2 for spec in raised)
     worst = sorted(errors, key=errors.__getitem__, reverse=True)[:WORST]
     rows = [(name, manifest.layers[name].weight_bits, f"{errors[name]:.4f}") for name in worst]
@@ -143,7 +143,3 @@ def _rounding(manifest: Manifest) -> str:
         f"{added:,} bytes more; the largest:\n"
         f"{markdown_table(('layer', 'bits', 'error'), rows)}"
     )
-
-
-def _asked_bits(config: DuQuantConfig, layer: str) -> int:
-    return config.layer_bits.get(layer, config.weight_bits)

@@ -5,7 +5,6 @@ import pathlib
 from statistics import mean
 from typing import Any
 
-from torch import Tensor
 import tyro
 
 from openpi_duquant.accuracy import weight_error
@@ -16,7 +15,7 @@ from openpi_duquant.checkpoint import Manifest
 from openpi_duquant.checkpoint import SafetensorsReader
 from openpi_duquant.checkpoint.files import TensorType
 from openpi_duquant.checkpoint.files import iter_bytes
-from openpi_duquant.checkpoint.load import stored_name
+from openpi_duquant.checkpoint.load import tensors_of
 from openpi_duquant.checkpoint.load import verify
 from openpi_duquant.commands.console import console
 from openpi_duquant.config import ACTION_EXPERT
@@ -79,15 +78,10 @@ def _weight_errors(converted: SafetensorsReader, manifest: Manifest, source: pat
             for name, weight in folded_tensors(reader.read, plan):
                 layer = name.removesuffix(".weight")
                 if layer in manifest.layers:
-                    tensors = _layer_tensors(converted, manifest, layer)
+                    tensors = tensors_of(layer, manifest.layers, converted)
                     errors[layer] = weight_error(weight, manifest.layers[layer], tensors)
                 progress(sum(iter_bytes({name: plan.source[name]})))
     return errors
-
-
-def _layer_tensors(reader: SafetensorsReader, manifest: Manifest, layer: str) -> dict[str, Tensor]:
-    names = manifest.layers[layer].tensors()
-    return {name: reader.read(stored_name(f"{layer}.{name}", manifest.layers)) for name in names}
 
 
 def _results(types: Mapping[str, TensorType], manifest: Manifest, errors: Mapping[str, float]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def convert(
         source: Folder with `model.safetensors` (or its shards) and `assets/`.
         target: Folder to make.
         config: The configuration.
-        calibration: Observations that the weights are rounded for, see `calibration.calibrate`; None: to the nearest.
+        calibration: Observations that the weights are rounded for, see `calibration`; None: to the nearest.
         device: Where the arithmetic is done, one decoder layer at a time.
         progress: Called with source bytes as they are done.
         observed: Called with observations as the original has run on them.

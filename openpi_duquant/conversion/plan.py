@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 
 import torch
 
@@ -42,7 +43,7 @@ class Plan:
     folds: list[Fold]
     float_dtypes: dict[str, str]
 
-    @property
+    @functools.cached_property
     def types(self) -> dict[str, TensorType]:
         """Dtype and shape of every tensor of the result."""
         return output_types(self.architecture, self.layers, self.float_dtypes)

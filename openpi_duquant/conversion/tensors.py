@@ -12,6 +12,7 @@ from openpi_duquant.conversion.plan import layer_of
 from openpi_duquant.folds import apply_folds
 from openpi_duquant.folds import decoder_layer
 from openpi_duquant.linear import quantize_group
+from openpi_duquant.linear.quantize import by_full_name
 from openpi_duquant.linear.quantize import members_by_group
 from openpi_duquant.linear.quantize import require_finite
 
@@ -100,8 +101,7 @@ def round_to_nearest(weights: Mapping[str, Tensor], plan: Plan) -> Iterator[tupl
     present = {layer: spec for layer, spec in plan.layers.items() if layer + ".weight" in weights}
     for layers in members_by_group(present).values():
         tensors = quantize_group({layer: weights[layer + ".weight"] for layer in layers}, plan.layers, plan.config)
-        for layer, by_name in tensors.items():
-            yield from ((f"{layer}.{name}", tensor) for name, tensor in by_name.items())
+        yield from by_full_name(tensors).items()
 
 
 def kept(

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch import nn
 
-from openpi_duquant import packing
-from openpi_duquant import quant
 from openpi_duquant.accuracy import relative_error
 from openpi_duquant.accuracy import sqnr_db
 from openpi_duquant.config import ACTION_EXPERT
@@ -20,6 +18,7 @@ from openpi_duquant.linear import LayerSpec
 from openpi_duquant.linear import QuantLinear
 from openpi_duquant.linear import plan_layers
 from openpi_duquant.linear import quantize_group
+from openpi_duquant.linear.calibration import watched
 from openpi_duquant.linear.quantize import members_by_group
 from openpi_duquant.linear.rounding import InputMoment
 from openpi_duquant.published import PUBLISHED
@@ -65,9 +64,9 @@ def collecting(policy: nn.Module, groups: Sequence[Group], kind: str, rows: int,
     Yields a function to call before every observation. Rows are taken evenly from all denoising steps and tokens.
     """
 
-    def keep(group: Group, steps: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].flatten(0, -2)
+    def keep(group: Group, steps: int) -> Callable[[Tensor], None]:
+        def hook(inputs: Tensor) -> None:
+            x = inputs.flatten(0, -2)
             places = torch.linspace(0, len(x) - 1, min(len(x), max(1, rows // steps)), device=x.device).round().long()
             samples = getattr(group, kind)
             samples[-1] = torch.cat((samples[-1], x[places].float().cpu()))
@@ -79,16 +78,13 @@ def collecting(policy: nn.Module, groups: Sequence[Group], kind: str, rows: int,
             width = next(iter(group.weights.values())).shape[1]
             getattr(group, kind).append(torch.empty(0, width))
 
-    handles = []
+    hooks = {}
     for group in groups:
         first = next(iter(group.weights))
         steps = num_steps if first.startswith(ACTION_EXPERT) else 1
-        handles.append(policy.get_submodule(first).register_forward_pre_hook(keep(group, steps)))
-    try:
+        hooks[policy.get_submodule(first)] = keep(group, steps)
+    with watched(hooks):
         yield begin
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def errors_by_method(
@@ -124,8 +120,7 @@ def _ours(weights: Mapping[str, Tensor], calibration: Sequence[Tensor] | None) -
     layers = [QuantLinear(specs[name], device="meta") for name in weights]
     for layer, name in zip(layers, weights):
         layer.load_state_dict(tensors[name], assign=True)
-    values = [quant.dequantize_weight(packing.unpack(layer.weight_packed), layer.weight_scale) for layer in layers]
-    return Fitted(layers[0].transform.apply, torch.cat(values))
+    return Fitted(layers[0].transform.apply, torch.cat([layer.stored_weight() for layer in layers]))
 
 
 def method_table(

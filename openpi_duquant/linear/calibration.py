@@ -69,7 +69,7 @@ def executed_groups(
             group_of[name].append(name)
         last = name, x
 
-    with _hooked({linears[name]: functools.partial(watch, name) for name in groups}):
+    with watched({linears[name]: functools.partial(watch, name) for name in groups}):
         _run(model, run)
     return found
 
@@ -91,7 +91,7 @@ def input_moment(
         DuQuantError: If the layer never ran, or on inputs that are not finite; names the layer.
     """
     moment = moment or InputMoment(linear.in_features, linear.weight.device)
-    with _hooked({linear: moment.add}):
+    with watched({linear: moment.add}):
         _run(model, run)
     if not moment.rows:
         raise DuQuantError(f"{name}: ran once, but not when calibration ran the model again; make its runs alike")
@@ -101,8 +101,8 @@ def input_moment(
 
 
 @contextlib.contextmanager
-def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Calls every module's hook with its inputs."""
+def watched(hooks: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Calls every module's hook with the first argument of each of the module's calls, before it."""
 
     def attach(module: nn.Module, hook: Callable[[Tensor], None]) -> RemovableHandle:
         def before(_: nn.Module, positional: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:

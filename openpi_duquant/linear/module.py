@@ -9,6 +9,8 @@ from torch import Tensor
 from torch import nn
 
 from openpi_duquant import kernels
+from openpi_duquant import packing
+from openpi_duquant import quant
 from openpi_duquant import transforms
 from openpi_duquant.kernels import reference
 from openpi_duquant.kernels.backend import USUAL_TOKENS
@@ -125,6 +127,10 @@ class QuantLinear(nn.Module):
         if self.running is None:
             return self.weight_packed
         return kernels.BACKENDS[self.running].canonical(self.problem, self.weight_packed)
+
+    def stored_weight(self) -> Tensor:
+        """The values [N, K] fp32 that codes and scales stand for: of the transformed weight."""
+        return quant.dequantize_weight(packing.unpack(self._canonical_weight()), self.weight_scale)
 
     def _release(self) -> None:
         """Undoes `prepare`."""

@@ -78,7 +78,7 @@ def plan_layers(
     specs = {}
     for name in selected:
         n, k = shapes[name]
-        bits = config.layer_bits.get(name, config.weight_bits)
+        bits = config.bits_of(name)
         _check_fits(name, k, bits, config.group_size)
         rotation, block = _fit(config.rotation, config.rotation_block, k)
         output_rotation, output_block = _fit(config.rotation, config.output_block, n)
@@ -154,6 +154,11 @@ def quantize_group(
         return {
             name: shared | _quantize_rows(part, specs[name], config, feedback) for name, part in zip(weights, parts)
         }
+
+
+def by_full_name(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of layers, as `quantize_group` returns them, by the names that a checkpoint has for them."""
+    return {f"{layer}.{name}": tensor for layer, parts in tensors.items() for name, tensor in parts.items()}
 
 
 def _quantize_rows(

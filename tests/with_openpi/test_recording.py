@@ -93,13 +93,17 @@ def test_a_policy_of_jax_is_recorded_too(tmp_path: pathlib.Path) -> None:
     assert recorded.observation.state.shape == (1, 32)
 
 
-@pytest.mark.usefixtures("plugin")
-def test_an_evaluation_in_libero_is_recorded(
-    hosts: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def simulator(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> FakeSimulator:
+    """What stands for LIBERO."""
     simulator = FakeSimulator()
     simulator.assets = tmp_path
     monkeypatch.setattr(evaluation, "LiberoSimulator", lambda *_: simulator)
+    return simulator
+
+
+@pytest.mark.usefixtures("plugin", "simulator")
+def test_an_evaluation_in_libero_is_recorded(hosts: Any, tmp_path: pathlib.Path) -> None:
     arguments = evaluation.Arguments(
         checkpoint=hosts.original / "pi05",
         policy_config="pi05_libero",
@@ -127,13 +131,10 @@ def test_the_warm_up_is_not_recorded(plugin: types.ModuleType, hosts: Any, tmp_p
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.usefixtures("plugin")
+@pytest.mark.usefixtures("plugin", "simulator")
 def test_the_command_runs_libero_and_keeps_nothing_else(
     hosts: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    simulator = FakeSimulator()
-    simulator.assets = tmp_path
-    monkeypatch.setattr(evaluation, "LiberoSimulator", lambda *_: simulator)
     module = importlib.import_module("openpi_duquant.commands.evaluate_libero")  # the package has its function there
     monkeypatch.setattr(module, "check", lambda _: ([], False))
     given = "--checkpoint", hosts.original / "pi05", "--tasks", 1, "--limit", 3
