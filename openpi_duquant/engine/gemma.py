@@ -3,7 +3,8 @@
 Norms are computed in fp32. All query heads read one key/value head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import functools
 
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from torch import nn
 
 from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.engine.placement import HostLinear
+from openpi_duquant.engine.stack import stack_
 from openpi_duquant.kernels import attention
+from openpi_duquant.kernels import persistent
+from openpi_duquant.kernels.persistent import Stack
 from openpi_duquant.kernels.reference import Epilogue
 from openpi_duquant.kernels.reference import Prologue
 from openpi_duquant.linear import QuantizedInput
@@ -21,7 +25,7 @@ from openpi_duquant.linear import merge_
 from openpi_duquant.linear import shared_forward
 
 KeyValue = tuple[Tensor, Tensor]
-"""Keys and values of one layer, each [B, P, D]."""
+"""Keys and values of one layer, each [B, P, D], or of all, each [L, B, P, D]."""
 
 _GEGLU = Prologue(geglu=True)
 
@@ -211,14 +215,15 @@ class LanguageModel(nn.Module):
         layers: list[nn.Module] = [DecoderLayer(size) for _ in range(size.depth - 1)]
         self.layers = nn.ModuleList([*layers, LastLanguageLayer(size)])
 
-    def forward(self, x: Tensor, positions: Tensor, visible: Tensor | None) -> list[KeyValue]:
+    def forward(self, x: Tensor, positions: Tensor, visible: Tensor | None) -> KeyValue:
         """Embeddings [B, P, W] at positions [B, P], visible or not [B, P] -> keys and values of every layer."""
         rotation = rotary(positions, self.size.head_dim, x.dtype)
         caches = []
         for layer in self.layers[:-1]:
             x, cache = layer(x, rotation, visible)
             caches.append(cache)
-        return [*caches, self.layers[-1](x, rotation)]
+        keys, values = zip(*caches, self.layers[-1](x, rotation), strict=True)
+        return torch.stack(keys), torch.stack(values)
 
 
 class ActionExpert(nn.Module):
@@ -235,6 +240,14 @@ class ActionExpert(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(size, adaptive=adaptive) for _ in range(size.depth))
         self.norm = AdaptiveRMSNorm(size.width) if adaptive else RMSNorm(size.width)
 
+    @functools.cached_property
+    def _stack(self) -> Stack | None:
+        return stack_(self.layers)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ActionExpert":  # noqa: FBT001, FBT002
+        self.__dict__.pop("_stack", None)  # of tensors that the layers now have elsewhere
+        return super()._apply(fn, recurse)
+
     def norms(self) -> Iterator[nn.Module]:
         """Every norm, in the order in which `forward` takes modulations."""
         for layer in self.layers:
@@ -245,9 +258,9 @@ class ActionExpert(nn.Module):
     def forward(
         self,
         x: Tensor,
-        positions: Tensor,
+        rotation: tuple[Tensor, Tensor],
         visible: Tensor | None,
-        caches: Sequence[KeyValue],
+        cached: KeyValue,
         modulations: Sequence[Tensor | None],
         *,
         state_first: bool,
@@ -256,17 +269,20 @@ class ActionExpert(nn.Module):
 
         Args:
             x: Embedded suffix [B, S, W].
-            positions: [B, S].
+            rotation: Cosines and sines [B, S, D].
             visible: [B, P] bool, of the cached keys; None for all.
-            caches: Keys and values of the language model's layers.
+            cached: Keys and values of the language model's layers.
             modulations: Of every norm, [3 W] fp32, or None for norms that take none.
             state_first: The first token is a state's, which looks at no other of the suffix.
 
         Returns:
             [B, S, W].
         """
-        rotation = rotary(positions, self.size.head_dim, x.dtype)
-        for index, (layer, cached) in enumerate(zip(self.layers, caches, strict=True)):
-            own = modulations[2 * index : 2 * index + 2]
-            x, _ = layer(x, rotation, visible, cached, own, state_first=state_first)
+        if persistent.takes(x, self.size.head_dim) and self._stack is not None:
+            norms = self._stack.norms if modulations[0] is None else modulations[:-1]
+            x = persistent.run_layers(x, self._stack, norms, rotation, visible, cached, state_first=state_first)
+        else:
+            for index, (layer, *own) in enumerate(zip(self.layers, *cached, strict=True)):
+                modulation = modulations[2 * index : 2 * index + 2]
+                x, _ = layer(x, rotation, visible, own, modulation, state_first=state_first)
         return self.norm.prologue(modulations[-1])[0].apply(x)

@@ -20,6 +20,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.gemma import ActionExpert
 from openpi_duquant.engine.gemma import KeyValue
 from openpi_duquant.engine.gemma import LanguageModel
+from openpi_duquant.engine.gemma import rotary
 from openpi_duquant.engine.graphs import Graphs
 from openpi_duquant.engine.graphs import Inputs
 from openpi_duquant.engine.observation import Observation
@@ -152,8 +153,8 @@ class Policy(nn.Module, abc.ABC):
     def compute(self, inputs: Inputs, schedule: Tensor) -> Tensor:
         """Actions [B, S, A] fp32; the same kernels for the same shapes, and never a look at a value from the host."""
         x, visible = self.embed_prefix(inputs)
-        caches = self.language_model(x, visible.cumsum(1) - 1, visible)
-        return self.denoise(caches, visible, inputs.state, inputs.noise, schedule)
+        cached = self.language_model(x, visible.cumsum(1) - 1, visible)
+        return self.denoise(cached, visible, inputs.state, inputs.noise, schedule)
 
     def embed_prefix(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Embeddings [B, P, W] of images and prompt, and which of them are valid, [B, P] bool."""
@@ -166,16 +167,17 @@ class Policy(nn.Module, abc.ABC):
         return torch.cat((images, text), dim=1), torch.cat((image_mask, inputs.token_mask), dim=1)
 
     def denoise(
-        self, caches: Sequence[KeyValue], visible: Tensor, state: Tensor | None, noise: Tensor, schedule: Tensor
+        self, cached: KeyValue, visible: Tensor, state: Tensor | None, noise: Tensor, schedule: Tensor
     ) -> Tensor:
         """Integrates the velocity field from noise [B, S, A] at time 1 to actions at time 0 (Euler)."""
         horizon, state_first = noise.shape[1], state is not None
         places = torch.arange(horizon + state_first, device=noise.device)
         positions = visible.sum(1, keepdim=True) + places
+        rotation = rotary(positions, self.architecture.expert.head_dim, self.dtype)
         actions = noise
         for entry in schedule:
             x, modulations = self.embed_suffix(state, actions, entry)
-            x = self.expert(x.to(self.dtype), positions, visible, caches, modulations, state_first=state_first)
+            x = self.expert(x.to(self.dtype), rotation, visible, cached, modulations, state_first=state_first)
             actions = actions - self.action_out_proj(x[:, -horizon:].float()) / len(schedule)
         return actions
 

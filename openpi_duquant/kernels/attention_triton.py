@@ -178,9 +178,21 @@ def _combine_quantized(
     codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, padded_rows, length, SPLITS: tl.constexpr,
     HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token from their partial sums, rounded to DTYPE and then to int8."""
+    """A token a program."""
     begin(PDL)
-    token = tl.program_id(0).to(tl.int64)
+    combine_token(
+        tl.program_id(0), codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, padded_rows, length, SPLITS,
+        HEADS, PADDED, D, DTYPE,
+    )  # fmt: skip
+
+
+@triton.jit
+def combine_token(
+    token, codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, padded_rows, length, SPLITS: tl.constexpr,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """All heads of one token from their partial sums, rounded to DTYPE and then to int8."""
+    token = tl.cast(token, tl.int64)
     head = tl.arange(0, PADDED)
     row = token // length * SPLITS * padded_rows + token % length * HEADS + head
     y = _combined(sums_ptr, parts_ptr, row, head < HEADS, padded_rows, SPLITS, D).to(DTYPE).to(tl.float32)
@@ -234,11 +246,28 @@ def _attend(
     HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     VISIBLE: tl.constexpr, OWN: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Some rows, a part of the keys and an element of the batch a program."""
+    begin(PDL)
+    attend_part(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0) * ROWS, out_ptr, sums_ptr,
+        parts_ptr, q_ptr, k_ptr, v_ptr, visible_ptr, own_k_ptr, own_v_ptr, length, keys, own_keys, q_batch, q_token,
+        k_batch, k_token, v_batch, v_token, own_k_batch, own_k_token, own_v_batch, own_v_token, scale, HEADS, D, ROWS,
+        KEYS, SPLITS, VISIBLE, OWN, STATE_FIRST, EXACT,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_part(
+    block, split, batch, padded_rows, out_ptr, sums_ptr, parts_ptr, q_ptr, k_ptr, v_ptr, visible_ptr, own_k_ptr,
+    own_v_ptr, length, keys, own_keys, q_batch, q_token, k_batch, k_token, v_batch, v_token, own_k_batch, own_k_token,
+    own_v_batch, own_v_token, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    VISIBLE: tl.constexpr, OWN: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """Rows are pairs of a query and a head: all of them read the same keys and values. The last part of the keys has
     the queries' own as well."""
-    begin(PDL)
-    split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    batch = tl.cast(batch, tl.int64)
+    row = block * ROWS + tl.arange(0, ROWS)
     query, head, lane = row // HEADS, row % HEADS, tl.arange(0, D)
     known = (query < length)[:, None]
     at = query[:, None] * q_token + head[:, None] * D + lane[None, :]
@@ -264,7 +293,7 @@ def _attend(
         out_at = ((batch * length + query[:, None]) * HEADS + head[:, None]) * D + lane[None, :]
         tl.store(out_ptr + out_at, y.to(out_ptr.dtype.element_ty), mask=known)
     else:
-        place = (batch * SPLITS + split) * (tl.num_programs(0) * ROWS) + row
+        place = (batch * SPLITS + split) * padded_rows + row
         tl.store(sums_ptr + place[:, None] * D + lane[None, :], sums)
         tl.store(parts_ptr + 2 * place, best)
         tl.store(parts_ptr + 2 * place + 1, total)

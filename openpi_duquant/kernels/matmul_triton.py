@@ -120,11 +120,36 @@ def _matmul(
     RESIDUAL: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr, LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BM, BN] a program; K counts the stored columns of the weight. Sums are [BN, BM]: weights come from
-    registers, which the tensor cores take on the left."""
+    """A tile a program."""
     if PDL:
         gdc_launch_dependents()
-    pid = tl.program_id(0)
+    matmul_tile(
+        tl.program_id(0), a_ptr, act_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, matrices_ptr, cos_ptr, sin_ptr,
+        residual_ptr, gate_ptr, out_ptr, M, N, a_stride, BM, BN, BK, GROUP, K, INT4, BIAS, HADAMARD, BLOCK, GAIN, HEAD,
+        RESIDUAL, GATE, EXACT, INTERPRETED, LINES, PDL,
+    )  # fmt: skip
+
+
+@triton.jit
+def prefetch_tile(
+    pid, weight_ptr, N, BN: tl.constexpr, K: tl.constexpr, HEAD: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """Asks for the weights of a column tile, see `matmul_tile`."""
+    n = _pairs(pid * BN, BN, HEAD) if HEAD > 0 else pid * BN + tl.arange(0, BN)
+    _prefetch(weight_ptr + tl.where(n < N, n, 0).to(tl.int64) * K, K, LINES)
+
+
+@triton.jit
+def matmul_tile(
+    pid, a_ptr, act_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, matrices_ptr, cos_ptr, sin_ptr, residual_ptr,
+    gate_ptr, out_ptr, M, N, a_stride,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, INT4: tl.constexpr,
+    BIAS: tl.constexpr, HADAMARD: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr, HEAD: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Tile pid, [BM, BN]; K counts the stored columns of the weight. Sums are [BN, BM]: weights come from registers,
+    which the tensor cores take on the left."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     first = pid // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)

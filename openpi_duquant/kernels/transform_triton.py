@@ -128,8 +128,22 @@ def _by_row(
 ):  # fmt: skip
     """No rotation, or a Hadamard. A program has one row or two in registers: x is read once."""
     begin(PDL)
+    transform_rows(
+        tl.program_id(0), x_ptr, scale_ptr, shift_ptr, permutation_ptr, codes_ptr, act_scale_ptr, row_sum_ptr, M,
+        x_stride, ROWS, BLOCKS, B, HADAMARD, BUTTERFLY, GEGLU, NORM, SCALE, SHIFT, PERMUTE, FLOAT32, EPS, K,
+    )  # fmt: skip
+
+
+@triton.jit
+def transform_rows(
+    pid, x_ptr, scale_ptr, shift_ptr, permutation_ptr, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, HADAMARD: tl.constexpr, BUTTERFLY: tl.constexpr,
+    GEGLU: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, PERMUTE: tl.constexpr,
+    FLOAT32: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Rows pid * ROWS and on."""
     WIDTH: tl.constexpr = BLOCKS * B
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.cast(pid, tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, WIDTH)[None, :]
     known = (row < M)[:, None]
     inside = known & (k < K) if WIDTH > K else known

@@ -111,6 +111,11 @@ class QuantLinear(nn.Module):
             self.prepare()
         return self
 
+    def prepared(self) -> str:
+        """The backend that it runs on, chosen now if it was not."""
+        self.prepare()
+        return self.running
+
     def prepare(self) -> None:
         """Chooses the backend for the device that the tensors are on and repacks the weight for it, in its place.
 

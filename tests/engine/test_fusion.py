@@ -13,6 +13,7 @@ from torch import Tensor
 from openpi_duquant import kernels
 from openpi_duquant.accuracy import relative_error
 from openpi_duquant.engine import Policy
+from openpi_duquant.engine import gemma
 from openpi_duquant.engine import load_policy
 from openpi_duquant.kernels import attention
 from openpi_duquant.kernels import rotary
@@ -52,11 +53,12 @@ def run(policy: Policy, step: Callable[[], object] = lambda: None) -> list[Tenso
     visible = torch.ones(2, PREFIX, dtype=torch.bool, device=DEVICE)
     visible[1, -4:] = False
     with torch.no_grad():
-        caches = policy.language_model(prefix, visible.cumsum(1) - 1, visible)
+        cached = policy.language_model(prefix, visible.cumsum(1) - 1, visible)
         step()
         positions = visible.sum(1, keepdim=True) + torch.arange(HORIZON, device=DEVICE)
-        y = policy.expert(x, positions, visible, caches, modulations, state_first=False)
-    return [part for cache in caches for part in cache] + [y]
+        rotation = gemma.rotary(positions, sizes[1].head_dim, x.dtype)
+        y = policy.expert(x, rotation, visible, cached, modulations, state_first=False)
+    return [*cached, y]
 
 
 @pytest.mark.parametrize(("preset", "launches"), [("default", 9), ("simple", 9), ("optimized", 10)])

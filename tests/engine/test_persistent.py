@@ -1,0 +1,99 @@
+"""All layers of the expert in one launch, against their definition; without a GPU in Triton's interpreter."""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import functools
+import pathlib
+
+import interpreted
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_duquant import PRESETS
+from openpi_duquant import convert
+from openpi_duquant import kernels
+from openpi_duquant.accuracy import relative_error
+from openpi_duquant.engine import Policy
+from openpi_duquant.engine import gemma
+from openpi_duquant.engine import load_policy
+from openpi_duquant.kernels import attention
+from openpi_duquant.kernels import persistent
+from openpi_duquant.kernels import rotary
+from openpi_duquant.linear import module
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2"),  # the interpreter's, of gates far below zero
+]
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """A list of what the launch was given; without a GPU somewhere to run."""
+    from openpi_duquant.kernels import persistent_triton  # noqa: PLC0415
+
+    given: list[Tensor] = []
+    launch = persistent_triton.launch
+    if not GPU:
+        launch = functools.partial(launch, interpreted=True)
+        anywhere = {"can_run": kernels.BACKENDS["reference"].can_run, "load": kernels.BACKENDS["reference"].load}
+        monkeypatch.setitem(kernels.BACKENDS, "triton", dataclasses.replace(kernels.BACKENDS["triton"], **anywhere))
+        monkeypatch.setattr(module, "fused_transform", interpreted.fused_transform)
+        for part in (attention, rotary, persistent):
+            monkeypatch.setattr(part, "on_gpu", lambda _, head_dim: rotary.is_power(head_dim))
+    monkeypatch.setattr(persistent_triton, "launch", lambda y, *rest, **how: given.append(y) or launch(y, *rest, **how))
+    with contextlib.nullcontext() if GPU else interpreted.operators():
+        yield given
+
+
+def step(policy: Policy, shape: tuple[int, int], prefix: int, *, state_first: bool, masked: bool) -> Tensor:
+    """What the expert makes of random tokens and a random cache."""
+    random = torch.Generator().manual_seed(0)
+    (batch, tokens), size = shape, policy.architecture.expert
+    x, *cached = (
+        torch.randn(sizes, generator=random).to(DEVICE)
+        for sizes in ((batch, tokens, size.width), *[(size.depth, batch, prefix, size.head_dim)] * 2)
+    )
+    visible = None
+    if masked:
+        visible = torch.ones(batch, prefix, dtype=torch.bool, device=DEVICE)
+        visible[-1, -4:] = False
+    modulations: object = [None] * (2 * size.depth + 1)
+    if policy.architecture.pi05:
+        modulations = torch.randn(2 * size.depth + 1, 3 * size.width, generator=random).to(DEVICE) / 4
+    rotation = gemma.rotary(prefix + torch.arange(tokens, device=DEVICE).expand(batch, -1), size.head_dim, x.dtype)
+    with torch.no_grad():
+        return policy.expert(x, rotation, visible, tuple(cached), modulations, state_first=state_first)
+
+
+@pytest.mark.parametrize(
+    ("shape", "prefix", "state_first", "masked"),
+    [((1, 1), 21, False, False), ((2, 3), 21, False, True), ((1, 5), 40, True, True), ((3, 7), 16, False, True)],
+)
+@pytest.mark.parametrize("name", ["bfloat16", "pi0"])
+def test_a_step_is_its_definition_in_one_launch(
+    checkpoints: pathlib.Path,
+    tmp_path: pathlib.Path,
+    launches: list[Tensor],
+    name: str,
+    shape: tuple[int, int],
+    prefix: int,
+    *,
+    state_first: bool,
+    masked: bool,
+) -> None:
+    convert(checkpoints / name, tmp_path / name, PRESETS["default"])
+    policies = {}
+    for backend in ("triton", "reference"):
+        policies[backend] = load_policy(tmp_path / name, backend=backend, dtype=torch.float32, device=DEVICE)
+    how = {"shape": shape, "prefix": prefix, "state_first": state_first, "masked": masked}
+    actual = step(policies["triton"], **how)
+    assert len(launches) == 1
+    expected = step(policies["reference"], **how)
+    assert len(launches) == 1
+    assert relative_error(actual.cpu(), expected.cpu()) < 1e-2
