@@ -98,8 +98,18 @@ def _butterflies(x, SIZE: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def _scale_of(largest):
-    """Scale of a row by its largest magnitude; 1 for a row of zeros."""
+def _largest(y):
+    """Bits of the largest magnitude of every row of y, fp32: in order as the numbers are, NaN above infinity.
+
+    A maximum of the numbers does not see NaN.
+    """
+    return tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+
+
+@triton.jit
+def _scale_of(largest, gain):
+    """Scale of a row by the bits of its largest magnitude, times gain; 1 for a row of zeros."""
+    largest = largest.to(tl.float32, bitcast=True) * gain
     return tl.where(largest == 0, 1.0, tl.div_rn(largest, 127.0))
 
 
@@ -115,7 +125,7 @@ def _round(y, per_scale):
 @triton.jit
 def quantize_rows(y, gain):
     """Codes int8 and scales fp32 of rows of y * gain, y [R, W] fp32; NaN in a row is one in its scale."""
-    act_scale = _scale_of(tl.max(tl.abs(y), 1) * gain) + 0.0 * tl.sum(y, 1)  # a maximum does not see NaN, a sum does
+    act_scale = _scale_of(_largest(y), gain)
     return _round(y, (gain / act_scale)[:, None]), act_scale
 
 
@@ -192,9 +202,8 @@ def _by_block(
             x = _gate(x_row, (start + lane)[None, :], known, K, GEGLU).to(tl.float32)
             square += tl.sum(x * x, 1)
         inverse_rms = tl.rsqrt(square / K + EPS)[:, None]
-    largest = tl.zeros((ROWS,), tl.float32)
+    largest = tl.zeros((ROWS,), tl.int32)
     act_scale = tl.full((ROWS,), 1.0, tl.float32)
-    unseen = tl.zeros((ROWS,), tl.float32)  # NaN, which a maximum does not see
     row_sum = tl.zeros((ROWS,), tl.int32)
     for step in range(0, 2 * K, B):
         start = step % K
@@ -206,9 +215,8 @@ def _by_block(
             x = _modulate(x, inverse_rms, scale_ptr, shift_ptr, channel, channel >= 0, SCALE, SHIFT)
         y = _rotate(x, tl.load(rotation_ptr + start * B + entry), FLOAT32)
         if step < K:
-            largest = tl.maximum(largest, tl.max(tl.abs(y), 1))
-            unseen += 0.0 * tl.sum(y, 1)
-            act_scale = _scale_of(largest) + unseen
+            largest = tl.maximum(largest, _largest(y))
+            act_scale = _scale_of(largest, 1.0)
         else:
             codes = _round(y, (1.0 / act_scale)[:, None])
             tl.store(codes_ptr + row[:, None] * K + (start + lane)[None, :], codes, mask=known)

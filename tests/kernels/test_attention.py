@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from openpi_duquant.kernels import attention
-from openpi_duquant.kernels import reference
-from openpi_duquant.transforms import Transform
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -141,9 +139,13 @@ def test_the_quantizing_kernel_rounds_what_attention_gives(splits: int) -> None:
     q, k, v, own = q.to(dtype), k.to(dtype), v.to(dtype), tuple(part.to(dtype) for part in own)
     out, shape = q.new_empty(q.shape), attention_triton.Shape(16, 16, splits, 4)
     attention_triton.launch_attend(out, q, k, v, visible, *own, state_first=False, exact=not GPU, shape=shape)
-    expected = reference.fused_transform(out.flatten(0, 1).flatten(1).cpu(), Transform(None, None, None))
-    for part, wanted in zip(quantized(q, k, v, visible, own, splits, state_first=False), expected, strict=True):
-        assert torch.equal(part.cpu(), wanted)
+    exact, scale = rounded_by_hand(out.flatten(0, 1).flatten(1))
+    codes, act_scale, row_sum = quantized(q, k, v, visible, own, splits, state_first=False)
+    torch.testing.assert_close(act_scale.double(), scale, rtol=1e-6, atol=0)
+    error = (codes.double() - exact).abs()
+    assert error.max() <= 1.5
+    assert (error > 0.5 + 1e-4).count_nonzero() <= max(1, 1e-3 * error.numel())  # ties, of which bf16 has many, are not
+    assert torch.equal(row_sum, codes.sum(1, keepdim=True, dtype=torch.int32))
 
 
 @pytest.mark.triton

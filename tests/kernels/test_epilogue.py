@@ -1,8 +1,4 @@
-"""The epilogue kernel in Triton's interpreter, against the same in fp64; on a GPU see test_bitblas_gpu."""
-
-import importlib.util
-import pathlib
-import types
+"""The epilogue kernel against the same in fp64; without a GPU, in Triton's interpreter."""
 
 import pytest
 import torch
@@ -11,22 +7,14 @@ from torch import Tensor
 from openpi_duquant import transforms
 from openpi_duquant.kernels import epilogue
 
-
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """The kernel's module, loaded for the interpreter (which cannot multiply bf16: parts of fp16 take its place)."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    path = pathlib.Path(epilogue.__file__).with_name("epilogue_triton.py")
-    spec = importlib.util.spec_from_file_location("interpreted_epilogue", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+TOLERANCE = 1e-5 if GPU else 1e-6  # of a rotation in two parts of bf16; of fp16 in the interpreter, which has no bf16
 
 
 def rotation(kind: str, block: int, n: int) -> transforms.Rotation:
     if kind == "matrix":
-        return torch.randn(n // block, block, block).bfloat16()
+        return torch.randn(n // block, block, block, device=DEVICE).bfloat16()
     return block if kind == "hadamard" else None
 
 
@@ -35,6 +23,7 @@ def exact(y: Tensor, rotated_by: transforms.Rotation, bias: Tensor | None) -> Te
     return y if bias is None else y + bias.double()
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("shape", [(1, 256), (3, 128), (37, 384)])
 @pytest.mark.parametrize(
     ("kind", "block"),
@@ -43,21 +32,25 @@ def exact(y: Tensor, rotated_by: transforms.Rotation, bias: Tensor | None) -> Te
 @pytest.mark.parametrize("with_sum", [True, False])
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16])
 def test_the_kernel_is_its_definition(
-    kernel: types.ModuleType, shape: tuple[int, int], kind: str, block: int, bias_dtype: torch.dtype, *, with_sum: bool
+    shape: tuple[int, int], kind: str, block: int, bias_dtype: torch.dtype, *, with_sum: bool
 ) -> None:
+    from openpi_duquant.kernels import epilogue_triton  # noqa: PLC0415
+
     torch.manual_seed(0)
     m, n = shape
-    sums = torch.randint(-20000, 20000, (m, n), dtype=torch.int32)
-    act_scale, weight_scale = torch.rand(m, 1) + 0.01, (torch.rand(n, 1) + 0.01) / 100
-    row_sum = torch.randint(-1000, 1000, (m, 1), dtype=torch.int32) if with_sum else None
-    bias = None if bias_dtype is None else (torch.randn(n) * 1000).to(bias_dtype)
+    sums = torch.randint(-20000, 20000, (m, n), dtype=torch.int32, device=DEVICE)
+    act_scale = torch.rand(m, 1, device=DEVICE) + 0.01
+    weight_scale = (torch.rand(n, 1, device=DEVICE) + 0.01) / 100
+    row_sum = torch.randint(-1000, 1000, (m, 1), dtype=torch.int32, device=DEVICE) if with_sum else None
+    bias = None if bias_dtype is None else (torch.randn(n, device=DEVICE) * 1000).to(bias_dtype)
     rotated_by = rotation(kind, block, n)
-    out = torch.full((m, n), torch.nan)
+    out = torch.full((m, n), torch.nan, device=DEVICE)
     matrices, hadamard = (rotated_by, 0) if isinstance(rotated_by, Tensor) else (None, rotated_by or 0)
-    kernel.launch(out, sums, act_scale, weight_scale, row_sum, bias, matrices, hadamard, part=kernel.tl.float16)
+    part = epilogue_triton.tl.bfloat16 if GPU else epilogue_triton.tl.float16
+    epilogue_triton.launch(out, sums, act_scale, weight_scale, row_sum, bias, matrices, hadamard, part=part)
     whole = sums - 8 * row_sum if with_sum else sums
     expected = exact(whole.double() * weight_scale.double().T * act_scale.double(), rotated_by, bias)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=TOLERANCE * expected.abs().max().item())
 
 
 def test_the_operator_gives_shape_and_dtype_without_data() -> None:
