@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from openpi_duquant import transforms
+from openpi_duquant.kernels import persistent
 from openpi_duquant.kernels.persistent import Matrix
 from openpi_duquant.kernels.persistent import Stack
 from openpi_duquant.kernels.transform import why_not_fused
@@ -17,8 +18,8 @@ _MATRICES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.
 def stack_(layers: Sequence[nn.Module]) -> Stack | None:
     """The matrices of optimized decoder layers, whose tensors become views of them; None if one launch cannot run them.
 
-    They must be int4 on the `triton` backend, rotated by Hadamards before and by nothing after, with o's input only
-    rounded; all layers alike.
+    They must be int4 on the `triton` backend, of widths that are powers of two, rotated by Hadamards before and by
+    nothing after, with o's input only rounded; all layers alike.
     """
     matrices = []
     for name in _MATRICES:
@@ -46,6 +47,7 @@ def _alike(layers: Sequence[nn.Module]) -> bool:
     return (
         len(shapes) == 1
         and first.spec.weight_bits == 4
+        and persistent.takes_width(first.in_features)
         and first.bias is None
         and first.restore is None
         and transforms.as_operands(first.transform.rotation)[0] is None

@@ -19,7 +19,8 @@ class Shape(NamedTuple):
     Attributes:
         rows: Pairs of a query and a head that a program has.
         keys: That a step looks at.
-        splits: Parts of the keys; each has a program of its own, and another launch puts them together.
+        splits: Parts of the keys; each has a program of its own, and another launch puts them together. Where there
+            are several, the queries' own keys are one.
         warps: Of a program.
     """
 
@@ -40,7 +41,7 @@ def shape_for(rows: int, keys: int, *, exact: bool, shared_memory: int) -> Shape
     """
     step = (32 if exact else 64) // (1 if shared_memory >= 128 * 1024 else 2)
     if rows <= 512:
-        return Shape(16, step, min(triton.cdiv(keys, 64), 16), 4)
+        return Shape(16, step, 1 + min(triton.cdiv(keys, 64), 16), 4)
     return Shape(16 if exact else 64, step, 1, 4)
 
 
@@ -264,8 +265,9 @@ def attend_part(
     HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     VISIBLE: tl.constexpr, OWN: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Rows are pairs of a query and a head: all of them read the same keys and values. The last part of the keys has
-    the queries' own as well."""
+    """Rows are pairs of a query and a head: all of them read the same keys and values. The queries' own are the last
+    part of the keys, or come last in the only one."""
+    SHARED: tl.constexpr = SPLITS - 1 if OWN and SPLITS > 1 else SPLITS
     batch = tl.cast(batch, tl.int64)
     row = block * ROWS + tl.arange(0, ROWS)
     query, head, lane = row // HEADS, row % HEADS, tl.arange(0, D)
@@ -277,7 +279,7 @@ def attend_part(
     sums = tl.zeros((ROWS, D), tl.float32)
     if VISIBLE:
         visible_ptr += batch * keys
-    part = tl.cdiv(tl.cdiv(keys, KEYS), SPLITS) * KEYS
+    part = tl.cdiv(tl.cdiv(keys, KEYS), SHARED) * KEYS
     best, total, sums = _attend_to(
         q, query, scale, k_ptr + batch * k_batch, v_ptr + batch * v_batch, visible_ptr, split * part,
         tl.minimum((split + 1) * part, keys), k_token, v_token, best, total, sums, D, KEYS, VISIBLE=VISIBLE,

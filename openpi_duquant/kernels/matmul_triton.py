@@ -131,15 +131,6 @@ def _matmul(
 
 
 @triton.jit
-def prefetch_tile(
-    pid, weight_ptr, N, BN: tl.constexpr, K: tl.constexpr, HEAD: tl.constexpr, LINES: tl.constexpr,
-):  # fmt: skip
-    """Asks for the weights of a column tile, see `matmul_tile`."""
-    n = _pairs(pid * BN, BN, HEAD) if HEAD > 0 else pid * BN + tl.arange(0, BN)
-    _prefetch(weight_ptr + tl.where(n < N, n, 0).to(tl.int64) * K, K, LINES)
-
-
-@triton.jit
 def matmul_tile(
     pid, a_ptr, act_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, matrices_ptr, cos_ptr, sin_ptr, residual_ptr,
     gate_ptr, out_ptr, M, N, a_stride,
@@ -155,7 +146,7 @@ def matmul_tile(
     height = tl.minimum(tiles_m - first, GROUP)
     m = (first + pid % (GROUP * tiles_n) % height) * BM + tl.arange(0, BM)
     start_n = pid % (GROUP * tiles_n) // height * BN
-    n = _pairs(start_n, BN, HEAD) if HEAD > 0 else start_n + tl.arange(0, BN)
+    n = columns_of(start_n, BN, HEAD)
     k = tl.arange(0, BK)
     known_m, known_n = m < M, n < N
     a_tile = a_ptr + tl.where(known_m, m, 0).to(tl.int64)[None, :] * a_stride + k[:, None]
@@ -184,7 +175,23 @@ def matmul_tile(
             sums = tl.dot(w, a, sums, out_dtype=tl.int32)
         w_tile += BK
         a_tile += BK
-    sums = (sums >> 4 if INT4 else sums).T
+    finish(
+        (sums >> 4 if INT4 else sums).T, m, n, start_n, M, N, act_scale_ptr, weight_scale_ptr, bias_ptr, matrices_ptr,
+        cos_ptr, sin_ptr, residual_ptr, gate_ptr, out_ptr, BM, BN, BIAS, HADAMARD, BLOCK, GAIN, HEAD, RESIDUAL, GATE,
+        EXACT,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish(
+    sums, m, n, start_n, M, N, act_scale_ptr, weight_scale_ptr, bias_ptr, matrices_ptr, cos_ptr, sin_ptr, residual_ptr,
+    gate_ptr, out_ptr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, HADAMARD: tl.constexpr,
+    BLOCK: tl.constexpr, GAIN: tl.constexpr, HEAD: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """What becomes of the sums [BM, BN] int32 of rows m and columns n, the tile that begins at start_n: scales, output
+    restore, bias, rotary embedding, gated residual."""
+    known_m, known_n = m < M, n < N
     y = sums.to(tl.float32) * tl.load(weight_scale_ptr + n, mask=known_n, other=0.0)[None, :]
     y *= tl.load(act_scale_ptr + m, mask=known_m, other=0.0)[:, None]
     if BLOCK > 0:
@@ -201,3 +208,31 @@ def matmul_tile(
             y *= tl.load(gate_ptr + n, mask=known_n, other=0.0).to(tl.float32)[None, :]
         y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def columns_of(start, BN: tl.constexpr, HEAD: tl.constexpr):
+    """Columns of the tile that begins at `start`."""
+    return _pairs(start, BN, HEAD) if HEAD > 0 else start + tl.arange(0, BN)
+
+
+@triton.jit
+def read_weights(weight_ptr, n, N, K: tl.constexpr, PARTS: tl.constexpr):
+    """All of rows n [BN] of the weight, in parts of their K bytes: [PARTS, BN, K / PARTS]; zeros from row N on."""
+    PART: tl.constexpr = K // PARTS
+    k = tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
+    at = weight_ptr + n.to(tl.int64)[None, :, None] * K + k
+    return tl.load(at, mask=(n < N)[None, :, None], other=0)
+
+
+@triton.jit
+def sums_of(w, a_ptr, m, M, K: tl.constexpr, PARTS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Sums [BM, BN] int32 of int4 weights, see `read_weights`, and rows m of a [M, 2 K]. For few rows: warps share out
+    the channels, of which each part has sums of its own."""
+    PART: tl.constexpr = K // PARTS
+    k = tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
+    at = a_ptr + tl.where(m < M, m, 0)[None, None, :] * (2 * K) + k
+    low, high = tl.load(at), tl.load(at + K)
+    sums = tl.dot(_signed(w, HIGH=False, INTERPRETED=INTERPRETED), low, out_dtype=tl.int32)
+    sums = tl.dot(_signed(w, HIGH=True, INTERPRETED=INTERPRETED), high, sums, out_dtype=tl.int32)
+    return (tl.sum(sums, 0) >> 4).T

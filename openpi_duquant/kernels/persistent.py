@@ -50,6 +50,11 @@ def takes(x: Tensor, head_dim: int) -> bool:
     return on_gpu(x, head_dim) and x.shape[0] * x.shape[1] <= MOST_TOKENS
 
 
+def takes_width(channels: int) -> bool:
+    """Whether a matrix may have so many input channels: a power of two, 64 at least."""
+    return channels >= 64 and channels & (channels - 1) == 0
+
+
 def run_layers(
     x: Tensor,
     stack: Stack,

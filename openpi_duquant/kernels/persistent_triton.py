@@ -17,9 +17,12 @@ from openpi_duquant.kernels.attention_triton import Shape
 from openpi_duquant.kernels.attention_triton import attend_part
 from openpi_duquant.kernels.attention_triton import combine_token
 from openpi_duquant.kernels.attention_triton import shape_for
-from openpi_duquant.kernels.matmul_triton import matmul_tile
-from openpi_duquant.kernels.matmul_triton import prefetch_tile
+from openpi_duquant.kernels.matmul_triton import columns_of
+from openpi_duquant.kernels.matmul_triton import finish
+from openpi_duquant.kernels.matmul_triton import read_weights
+from openpi_duquant.kernels.matmul_triton import sums_of
 from openpi_duquant.kernels.reference import NORM_EPS
+from openpi_duquant.kernels.transform_triton import read_modulation
 from openpi_duquant.kernels.transform_triton import transform_rows
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 OPERATIONS = 9
 """Of a layer, each of which reads what the one before wrote."""
+
+_FEWEST_CHANNELS = 32  # bytes of weights that the tensor cores take at once
 
 
 def launch(
@@ -64,20 +69,19 @@ def launch(
         y, y.new_zeros(1, dtype=torch.int32), *(part for matrix in matrices for part in matrix[:3]), norms, keys,
         values, visible, cos, sin, *scratch, tokens, length, batch, prefix, blocks,
     )  # fmt: skip
+    rows = max(16, triton.next_power_of_2(tokens))
     constants = {
-        "W": width, "MLP": mlp, "HEADS": heads, "PADDED": triton.next_power_of_2(heads), "D": head,
-        "BM": max(16, triton.next_power_of_2(tokens)), "ROWS": shape.rows, "KEYS": shape.keys, "SPLITS": shape.splits,
-        "ADAPTIVE": norms.shape[-1] == 3 * width, "VISIBLE": visible is not None, "STATE_FIRST": state_first,
-        "EPS": NORM_EPS, "SCALE": head**-0.5 * math.log2(math.e), "INTERPRETED": interpreted,
-        "num_warps": 8, "num_stages": 2,
+        "W": width, "MLP": mlp, "HEADS": heads, "PADDED": triton.next_power_of_2(heads), "D": head, "BM": rows,
+        "ROWS": shape.rows, "KEYS": shape.keys, "SPLITS": shape.splits, "ADAPTIVE": norms.shape[-1] == 3 * width,
+        "VISIBLE": visible is not None, "STATE_FIRST": state_first, "EPS": NORM_EPS,
+        "SCALE": head**-0.5 * math.log2(math.e), "INTERPRETED": interpreted, "num_warps": 8, "num_stages": 2,
     }  # fmt: skip
     for name, matrix, limit in zip(("QKV", "O", "UP", "DOWN"), matrices, (head, 64, 64, 64), strict=True):
-        constants[f"{name}_COLUMNS"] = min(_columns(matrix.weight.shape[1], programs), limit)
-        constants[f"{name}_LINES"] = triton.next_power_of_2(triton.cdiv(matrix.weight.shape[2], 128))
+        _, n, stored = matrix.weight.shape
+        constants[f"{name}_COLUMNS"] = min(_columns(n, programs), limit)
+        constants[f"{name}_PARTS"] = min(128 // rows, stored // _FEWEST_CHANNELS)
         if name != "O":
-            block = matrix.hadamard or _PLAIN
             constants[f"{name}_PERMUTE"], constants[f"{name}_BLOCK"] = matrix.permutation is not None, matrix.hadamard
-            constants[f"{name}_BLOCKS"] = triton.next_power_of_2(triton.cdiv(2 * matrix.weight.shape[2], block))
     if not interpreted:
         _layers[(programs,)](*operands, 0, depth, OPERATION=-1, launch_cooperative_grid=True, **constants)
         return
@@ -92,56 +96,70 @@ def _columns(n: int, programs: int) -> int:
 
 
 @triton.jit
-def _wait_for_all(counter_ptr, arrivals):
-    """Returns once so many arrivals are counted, this one among them; what was written before them can be read."""
+def _arrive(counter_ptr):
+    """Counts this program; what it wrote before can be read by all who wait for it."""
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def _wait(counter_ptr, arrivals):
+    """Returns once so many arrivals are counted."""
     while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals:
         pass
     tl.debug_barrier()
 
 
 @triton.jit
-def _transform(
-    x_ptr, norm_ptr, permutation_ptr, layer, codes_ptr, act_scale_ptr, row_sum_ptr, tokens,
-    K: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GEGLU: tl.constexpr, SHIFT: tl.constexpr,
-    PERMUTE: tl.constexpr, EXACT: tl.constexpr, EPS: tl.constexpr,
+def _modulation(
+    norm_ptr, permutation_ptr, layer, K: tl.constexpr, ADAPTIVE: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
-    """Norm or GeGLU, permutation, Hadamard and rounding, row by row."""
+    """What a norm does to K channels, in the order in which they are rotated."""
     if PERMUTE:
         permutation_ptr += layer * K
-    B: tl.constexpr = BLOCK if BLOCK > 0 else 64
+    k = tl.arange(0, K)[None, :]
+    return read_modulation(norm_ptr, norm_ptr + K, permutation_ptr, k, k < K, True, ADAPTIVE, PERMUTE)
+
+
+@triton.jit
+def _transform(
+    x_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, tokens,
+    K: tl.constexpr, BLOCK: tl.constexpr, GEGLU: tl.constexpr, EXACT: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """Norm or GeGLU, permutation, Hadamard and rounding: a row a program."""
+    B: tl.constexpr = BLOCK if BLOCK > 0 else K
     for row in range(tl.program_id(0), tokens, tl.num_programs(0)):
         transform_rows(
-            row, x_ptr, norm_ptr, norm_ptr + K, permutation_ptr, codes_ptr, act_scale_ptr, row_sum_ptr, tokens,
-            2 * K if GEGLU else K, 1, BLOCKS, B, BLOCK > 0, not EXACT, GEGLU, not GEGLU, not GEGLU, SHIFT, PERMUTE,
-            EXACT, EPS, K,
+            row, x_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, 2 * K if GEGLU else K, 1,
+            K // B, B, BLOCK > 0, not EXACT, GEGLU, not GEGLU, not GEGLU, EXACT, EPS, K,
         )  # fmt: skip
 
 
 @triton.jit
-def _matmul(
-    codes_ptr, act_scale_ptr, weight_ptr, scale_ptr, cos_ptr, sin_ptr, gate_ptr, out_ptr, tokens,
-    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HEAD: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATE: tl.constexpr, INTERPRETED: tl.constexpr,
+def _weights(
+    weight_ptr, tile, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """W4A8, then a rotary embedding, or added to what is there, tile by tile."""
-    BK: tl.constexpr = 512 if K % 1024 == 0 else 32
-    for tile in range(tl.program_id(0), tl.cdiv(N, BN), tl.num_programs(0)):
-        matmul_tile(
-            tile, codes_ptr, act_scale_ptr, weight_ptr, scale_ptr, scale_ptr, scale_ptr, cos_ptr, sin_ptr, out_ptr,
-            gate_ptr, out_ptr, tokens, N, K, BM, BN, BK, 1, K // 2, True, False, False, 0, 1.0, HEAD, RESIDUAL, GATE,
-            INTERPRETED, INTERPRETED, 0, False,
-        )  # fmt: skip
+    """Of a tile; zeros where there is none."""
+    return read_weights(weight_ptr, columns_of(tile * BN, BN, HEAD), N, K // 2, PARTS)
 
 
 @triton.jit
-def _prefetch(
-    weight_ptr, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, LINES: tl.constexpr, HEAD: tl.constexpr,
+def _multiply(
+    w, codes_ptr, act_scale_ptr, weight_ptr, scale_ptr, cos_ptr, sin_ptr, gate_ptr, out_ptr, tokens,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, HEAD: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Asks for the weights that this program's first tile needs next."""
-    if tl.program_id(0) * BN < N:
-        prefetch_tile(tl.program_id(0), weight_ptr, N, BN, K // 2, HEAD, LINES)
+    """W4A8, then a rotary embedding, or added to what is there: tile by tile, of the first with weights w."""
+    m = tl.arange(0, BM)
+    programs = tl.num_programs(0)
+    for tile in range(tl.program_id(0), tl.cdiv(N, BN), programs):
+        sums = sums_of(w, codes_ptr, m, tokens, K // 2, PARTS, INTERPRETED)
+        finish(
+            sums, m, columns_of(tile * BN, BN, HEAD), tile * BN, tokens, N, act_scale_ptr, scale_ptr, scale_ptr,
+            scale_ptr, cos_ptr, sin_ptr, out_ptr, gate_ptr, out_ptr, BM, BN, False, False, 0, 1.0, HEAD, RESIDUAL, GATE,
+            INTERPRETED,
+        )  # fmt: skip
+        w = _weights(weight_ptr, tile + programs, N, K, BN, PARTS, HEAD)
 
 
 @triton.jit
@@ -153,18 +171,17 @@ def _layers(
     W: tl.constexpr, MLP: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, ADAPTIVE: tl.constexpr, VISIBLE: tl.constexpr,
     STATE_FIRST: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, INTERPRETED: tl.constexpr,
-    QKV_COLUMNS: tl.constexpr, QKV_LINES: tl.constexpr, QKV_PERMUTE: tl.constexpr, QKV_BLOCK: tl.constexpr,
-    QKV_BLOCKS: tl.constexpr, O_COLUMNS: tl.constexpr, O_LINES: tl.constexpr, UP_COLUMNS: tl.constexpr,
-    UP_LINES: tl.constexpr, UP_PERMUTE: tl.constexpr, UP_BLOCK: tl.constexpr, UP_BLOCKS: tl.constexpr,
-    DOWN_COLUMNS: tl.constexpr, DOWN_LINES: tl.constexpr, DOWN_PERMUTE: tl.constexpr, DOWN_BLOCK: tl.constexpr,
-    DOWN_BLOCKS: tl.constexpr,
-    OPERATION: tl.constexpr,
+    QKV_COLUMNS: tl.constexpr, QKV_PARTS: tl.constexpr, QKV_PERMUTE: tl.constexpr, QKV_BLOCK: tl.constexpr,
+    O_COLUMNS: tl.constexpr, O_PARTS: tl.constexpr, UP_COLUMNS: tl.constexpr, UP_PARTS: tl.constexpr,
+    UP_PERMUTE: tl.constexpr, UP_BLOCK: tl.constexpr, DOWN_COLUMNS: tl.constexpr, DOWN_PARTS: tl.constexpr,
+    DOWN_PERMUTE: tl.constexpr, DOWN_BLOCK: tl.constexpr, OPERATION: tl.constexpr,
 ):  # fmt: skip
-    """Layers first to last - 1: all operations of each, or one of them."""
+    """Layers first to last - 1: all operations of each, or one of them. What an operation reads that is not computed
+    here, it reads before it waits."""
     ALL: tl.constexpr = OPERATION < 0
     HEAD: tl.constexpr = (HEADS + 2) * D
     NORM: tl.constexpr = 3 * W if ADAPTIVE else W
-    programs = tl.num_programs(0)
+    program, programs = tl.program_id(0), tl.num_programs(0)
     for layer in range(first, last):
         done = (layer - first) * 9
         norm = norms_ptr + layer * (2 * NORM)
@@ -173,77 +190,98 @@ def _layers(
         up = up_ptr + layer * (2 * MLP * (W // 2))
         down = down_ptr + layer * (W * (MLP // 2))
         if ALL or OPERATION == 0:
+            channel, scale, shift = _modulation(norm, qkv_permutation_ptr, layer, W, ADAPTIVE, QKV_PERMUTE)
+            if ALL:
+                _wait(counter_ptr, done * programs)
             _transform(
-                y_ptr, norm, qkv_permutation_ptr, layer, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, W,
-                QKV_BLOCK, QKV_BLOCKS, False, ADAPTIVE, QKV_PERMUTE, INTERPRETED, EPS,
+                y_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, W, QKV_BLOCK, False,
+                INTERPRETED, EPS,
             )  # fmt: skip
-        if ALL:
-            _prefetch(qkv, HEAD, W, QKV_COLUMNS, QKV_LINES, D)
-            _wait_for_all(counter_ptr, (done + 1) * programs)
+            if ALL:
+                _arrive(counter_ptr)
         if ALL or OPERATION == 1:
-            _matmul(
-                codes_ptr, act_scale_ptr, qkv, qkv_scale_ptr + layer * HEAD, cos_ptr, sin_ptr, norm, heads_ptr, tokens,
-                HEAD, W, BM, QKV_COLUMNS, D, False, False, INTERPRETED,
+            w = _weights(qkv, program, HEAD, W, QKV_COLUMNS, QKV_PARTS, D)
+            if ALL:
+                _wait(counter_ptr, (done + 1) * programs)
+            _multiply(
+                w, codes_ptr, act_scale_ptr, qkv, qkv_scale_ptr + layer * HEAD, cos_ptr, sin_ptr, norm, heads_ptr,
+                tokens, HEAD, W, BM, QKV_COLUMNS, QKV_PARTS, D, False, False, INTERPRETED,
             )  # fmt: skip
-        if ALL:
-            _prefetch(o, W, HEADS * D, O_COLUMNS, O_LINES, 0)
-            _wait_for_all(counter_ptr, (done + 2) * programs)
+            if ALL:
+                _arrive(counter_ptr)
         if ALL or OPERATION == 2:
             own = heads_ptr + HEADS * D
             cached = layer * batches * prefix * D
-            for unit in range(tl.program_id(0), blocks * SPLITS * batches, programs):
+            if ALL:
+                _wait(counter_ptr, (done + 2) * programs)
+            for unit in range(program, blocks * SPLITS * batches, programs):
                 attend_part(
-                    unit % blocks, unit // blocks % SPLITS, unit // (blocks * SPLITS), blocks * ROWS,
-                    sums_ptr, sums_ptr, parts_ptr, heads_ptr, keys_ptr + cached, values_ptr + cached, visible_ptr, own,
-                    own + D, length, prefix, length, length * HEAD, HEAD, prefix * D, D, prefix * D, D, length * HEAD,
-                    HEAD, length * HEAD, HEAD, SCALE, HEADS, D, ROWS, KEYS, SPLITS, VISIBLE, True, STATE_FIRST,
-                    INTERPRETED,
+                    unit % blocks, unit // blocks % SPLITS, unit // (blocks * SPLITS), blocks * ROWS, sums_ptr, sums_ptr,
+                    parts_ptr, heads_ptr, keys_ptr + cached, values_ptr + cached, visible_ptr, own, own + D, length,
+                    prefix, length, length * HEAD, HEAD, prefix * D, D, prefix * D, D, length * HEAD, HEAD,
+                    length * HEAD, HEAD, SCALE, HEADS, D, ROWS, KEYS, SPLITS, VISIBLE, True, STATE_FIRST, INTERPRETED,
                 )  # fmt: skip
-        if ALL:
-            _prefetch(up, 2 * MLP, W, UP_COLUMNS, UP_LINES, 0)
-            _wait_for_all(counter_ptr, (done + 3) * programs)
+            if ALL:
+                _arrive(counter_ptr)
         if ALL or OPERATION == 3:
-            for token in range(tl.program_id(0), tokens, programs):
+            if ALL:
+                _wait(counter_ptr, (done + 3) * programs)
+            for token in range(program, tokens, programs):
                 combine_token(
                     token, codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, blocks * ROWS, length, SPLITS,
                     HEADS, PADDED, D, y_ptr.dtype.element_ty,
                 )  # fmt: skip
-        if ALL:
-            _wait_for_all(counter_ptr, (done + 4) * programs)
+            if ALL:
+                _arrive(counter_ptr)
         if ALL or OPERATION == 4:
-            _matmul(
-                codes_ptr, act_scale_ptr, o, o_scale_ptr + layer * W, cos_ptr, sin_ptr, norm + 2 * W, y_ptr, tokens, W,
-                HEADS * D, BM, O_COLUMNS, 0, True, ADAPTIVE, INTERPRETED,
+            w = _weights(o, program, W, HEADS * D, O_COLUMNS, O_PARTS, 0)
+            if ALL:
+                _wait(counter_ptr, (done + 4) * programs)
+            _multiply(
+                w, codes_ptr, act_scale_ptr, o, o_scale_ptr + layer * W, cos_ptr, sin_ptr, norm + 2 * W, y_ptr, tokens,
+                W, HEADS * D, BM, O_COLUMNS, O_PARTS, 0, True, ADAPTIVE, INTERPRETED,
             )  # fmt: skip
+            if ALL:
+                _arrive(counter_ptr)
         norm += NORM
-        if ALL:
-            _prefetch(down, W, MLP, DOWN_COLUMNS, DOWN_LINES, 0)
-            _wait_for_all(counter_ptr, (done + 5) * programs)
         if ALL or OPERATION == 5:
+            channel, scale, shift = _modulation(norm, up_permutation_ptr, layer, W, ADAPTIVE, UP_PERMUTE)
+            if ALL:
+                _wait(counter_ptr, (done + 5) * programs)
             _transform(
-                y_ptr, norm, up_permutation_ptr, layer, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, W, UP_BLOCK, UP_BLOCKS,
-                False, ADAPTIVE, UP_PERMUTE, INTERPRETED, EPS,
+                y_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, W, UP_BLOCK, False,
+                INTERPRETED, EPS,
             )  # fmt: skip
-        if ALL:
-            _wait_for_all(counter_ptr, (done + 6) * programs)
+            if ALL:
+                _arrive(counter_ptr)
         if ALL or OPERATION == 6:
-            _matmul(
-                codes_ptr, act_scale_ptr, up, up_scale_ptr + layer * (2 * MLP), cos_ptr, sin_ptr, norm, hidden_ptr,
-                tokens, 2 * MLP, W, BM, UP_COLUMNS, 0, False, False, INTERPRETED,
+            w = _weights(up, program, 2 * MLP, W, UP_COLUMNS, UP_PARTS, 0)
+            if ALL:
+                _wait(counter_ptr, (done + 6) * programs)
+            _multiply(
+                w, codes_ptr, act_scale_ptr, up, up_scale_ptr + layer * (2 * MLP), cos_ptr, sin_ptr, norm, hidden_ptr,
+                tokens, 2 * MLP, W, BM, UP_COLUMNS, UP_PARTS, 0, False, False, INTERPRETED,
             )  # fmt: skip
-        if ALL:
-            _wait_for_all(counter_ptr, (done + 7) * programs)
+            if ALL:
+                _arrive(counter_ptr)
         if ALL or OPERATION == 7:
+            k = tl.arange(0, MLP)[None, :]
+            channel = tl.load(down_permutation_ptr + layer * MLP + k) if DOWN_PERMUTE else k
+            if ALL:
+                _wait(counter_ptr, (done + 7) * programs)
             _transform(
-                hidden_ptr, norm, down_permutation_ptr, layer, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, MLP,
-                DOWN_BLOCK, DOWN_BLOCKS, True, False, DOWN_PERMUTE, INTERPRETED, EPS,
+                hidden_ptr, channel, 0.0, 0.0, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, MLP, DOWN_BLOCK, True,
+                INTERPRETED, EPS,
             )  # fmt: skip
-        if ALL:
-            _wait_for_all(counter_ptr, (done + 8) * programs)
+            if ALL:
+                _arrive(counter_ptr)
         if ALL or OPERATION == 8:
-            _matmul(
-                codes_ptr, act_scale_ptr, down, down_scale_ptr + layer * W, cos_ptr, sin_ptr, norm + 2 * W, y_ptr,
-                tokens, W, MLP, BM, DOWN_COLUMNS, 0, True, ADAPTIVE, INTERPRETED,
+            w = _weights(down, program, W, MLP, DOWN_COLUMNS, DOWN_PARTS, 0)
+            if ALL:
+                _wait(counter_ptr, (done + 8) * programs)
+            _multiply(
+                w, codes_ptr, act_scale_ptr, down, down_scale_ptr + layer * W, cos_ptr, sin_ptr, norm + 2 * W, y_ptr,
+                tokens, W, MLP, BM, DOWN_COLUMNS, DOWN_PARTS, 0, True, ADAPTIVE, INTERPRETED,
             )  # fmt: skip
-        if ALL:
-            _wait_for_all(counter_ptr, (done + 9) * programs)
+            if ALL:
+                _arrive(counter_ptr)

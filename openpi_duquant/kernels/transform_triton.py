@@ -66,14 +66,20 @@ def _gate(x_ptr, channel, inside, K: tl.constexpr, GEGLU: tl.constexpr):
 
 
 @triton.jit
-def _modulate(x, inverse_rms, scale_ptr, shift_ptr, channel, inside, SCALE: tl.constexpr, SHIFT: tl.constexpr):
+def read_modulation(
+    scale_ptr, shift_ptr, permutation_ptr, k, inside, SCALE: tl.constexpr, SHIFT: tl.constexpr, PERMUTE: tl.constexpr,
+):  # fmt: skip
+    """Which channels come to places k, and their scale and shift, fp32; zeros where there are none."""
+    channel = tl.load(permutation_ptr + k, mask=inside, other=0) if PERMUTE else k
+    scale = tl.load(scale_ptr + channel, mask=inside, other=0.0).to(tl.float32) if SCALE else 0.0
+    shift = tl.load(shift_ptr + channel, mask=inside, other=0.0).to(tl.float32) if SHIFT else 0.0
+    return channel, scale, shift
+
+
+@triton.jit
+def _modulate(x, inverse_rms, scale, shift):
     """x * inverse_rms * (1 + scale) + shift, rounded to the type of x."""
-    y = x.to(tl.float32) * inverse_rms
-    if SCALE:
-        y = y * (1.0 + tl.load(scale_ptr + channel, mask=inside, other=0.0).to(tl.float32))
-    if SHIFT:
-        y = y + tl.load(shift_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    return y.to(x.dtype)
+    return (x.to(tl.float32) * inverse_rms * (1.0 + scale) + shift).to(x.dtype)
 
 
 @triton.jit
@@ -138,32 +144,32 @@ def _by_row(
 ):  # fmt: skip
     """No rotation, or a Hadamard. A program has one row or two in registers: x is read once."""
     begin(PDL)
+    k = tl.arange(0, BLOCKS * B)[None, :]
+    channel, scale, shift = read_modulation(scale_ptr, shift_ptr, permutation_ptr, k, k < K, SCALE, SHIFT, PERMUTE)
     transform_rows(
-        tl.program_id(0), x_ptr, scale_ptr, shift_ptr, permutation_ptr, codes_ptr, act_scale_ptr, row_sum_ptr, M,
-        x_stride, ROWS, BLOCKS, B, HADAMARD, BUTTERFLY, GEGLU, NORM, SCALE, SHIFT, PERMUTE, FLOAT32, EPS, K,
+        tl.program_id(0), x_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride, ROWS, BLOCKS,
+        B, HADAMARD, BUTTERFLY, GEGLU, NORM, SHIFT, FLOAT32, EPS, K,
     )  # fmt: skip
 
 
 @triton.jit
 def transform_rows(
-    pid, x_ptr, scale_ptr, shift_ptr, permutation_ptr, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride,
+    pid, x_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, HADAMARD: tl.constexpr, BUTTERFLY: tl.constexpr,
-    GEGLU: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, PERMUTE: tl.constexpr,
-    FLOAT32: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr,
+    GEGLU: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr, FLOAT32: tl.constexpr, EPS: tl.constexpr,
+    K: tl.constexpr,
 ):  # fmt: skip
-    """Rows pid * ROWS and on."""
+    """Rows pid * ROWS and on; `channel`, `scale` and `shift` as `read_modulation` gives them."""
     WIDTH: tl.constexpr = BLOCKS * B
     row = tl.cast(pid, tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, WIDTH)[None, :]
     known = (row < M)[:, None]
     inside = known & (k < K) if WIDTH > K else known
-    in_row = k < K if WIDTH > K else k >= 0
-    channel = tl.load(permutation_ptr + k, mask=in_row, other=0) if PERMUTE else k
     x = _gate(x_ptr + row[:, None] * x_stride, channel, inside, K, GEGLU)
     if NORM:
         square = x.to(tl.float32) * x.to(tl.float32)
         inverse_rms = tl.rsqrt(tl.sum(square, 1) / K + EPS)[:, None]
-        x = _modulate(x, inverse_rms, scale_ptr, shift_ptr, channel, in_row, SCALE, SHIFT)
+        x = _modulate(x, inverse_rms, scale, shift)
         if SHIFT and WIDTH > K:
             x = tl.where(inside, x, 0.0).to(x.dtype)
     gain: tl.constexpr = B**-0.5 if HADAMARD else 1.0
@@ -207,12 +213,11 @@ def _by_block(
     row_sum = tl.zeros((ROWS,), tl.int32)
     for step in range(0, 2 * K, B):
         start = step % K
-        channel = (start + lane)[None, :]
-        if PERMUTE:
-            channel = tl.load(permutation_ptr + channel)
+        k = (start + lane)[None, :]
+        channel, scale, shift = read_modulation(scale_ptr, shift_ptr, permutation_ptr, k, k < K, SCALE, SHIFT, PERMUTE)
         x = _gate(x_row, channel, known, K, GEGLU)
         if NORM:
-            x = _modulate(x, inverse_rms, scale_ptr, shift_ptr, channel, channel >= 0, SCALE, SHIFT)
+            x = _modulate(x, inverse_rms, scale, shift)
         y = _rotate(x, tl.load(rotation_ptr + start * B + entry), FLOAT32)
         if step < K:
             largest = tl.maximum(largest, _largest(y))

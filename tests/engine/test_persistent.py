@@ -14,7 +14,10 @@ from torch import Tensor
 from openpi_duquant import PRESETS
 from openpi_duquant import convert
 from openpi_duquant import kernels
+from openpi_duquant import synthetic
 from openpi_duquant.accuracy import relative_error
+from openpi_duquant.architecture import Architecture
+from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.engine import Policy
 from openpi_duquant.engine import gemma
 from openpi_duquant.engine import load_policy
@@ -75,22 +78,25 @@ def step(policy: Policy, shape: tuple[int, int], prefix: int, *, state_first: bo
     ("shape", "prefix", "state_first", "masked"),
     [((1, 1), 21, False, False), ((2, 3), 21, False, True), ((1, 5), 40, True, True), ((3, 7), 16, False, True)],
 )
-@pytest.mark.parametrize("name", ["bfloat16", "pi0"])
+@pytest.mark.parametrize("pi05", [True, False])
 def test_a_step_is_its_definition_in_one_launch(
-    checkpoints: pathlib.Path,
+    tiny: Architecture,
     tmp_path: pathlib.Path,
     launches: list[Tensor],
-    name: str,
     shape: tuple[int, int],
     prefix: int,
     *,
+    pi05: bool,
     state_first: bool,
     masked: bool,
 ) -> None:
-    convert(checkpoints / name, tmp_path / name, PRESETS["default"])
+    language, expert = TransformerSize(128, 2, 320, 4, 32), TransformerSize(64, 2, 256, 4, 32)
+    architecture = dataclasses.replace(tiny, language=language, expert=expert, pi05=pi05)
+    synthetic.make_checkpoint(tmp_path / "original", architecture, seed=5)
+    convert(tmp_path / "original", tmp_path / "converted", PRESETS["default"])
     policies = {}
     for backend in ("triton", "reference"):
-        policies[backend] = load_policy(tmp_path / name, backend=backend, dtype=torch.float32, device=DEVICE)
+        policies[backend] = load_policy(tmp_path / "converted", backend=backend, dtype=torch.float32, device=DEVICE)
     how = {"shape": shape, "prefix": prefix, "state_first": state_first, "masked": masked}
     actual = step(policies["triton"], **how)
     assert len(launches) == 1
