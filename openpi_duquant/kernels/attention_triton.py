@@ -183,14 +183,14 @@ def _combine_quantized(
     begin(PDL)
     combine_token(
         tl.program_id(0), codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, padded_rows, length, SPLITS,
-        HEADS, PADDED, D, DTYPE,
+        HEADS, PADDED, D, DTYPE, True,
     )  # fmt: skip
 
 
 @triton.jit
 def combine_token(
     token, codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, padded_rows, length, SPLITS: tl.constexpr,
-    HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr, ROW_SUM: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token from their partial sums, rounded to DTYPE and then to int8."""
     token = tl.cast(token, tl.int64)
@@ -201,17 +201,19 @@ def combine_token(
     k = tl.arange(0, PADDED * D)[None, :]
     tl.store(codes_ptr + token * HEADS * D + k, codes, mask=k < HEADS * D)
     tl.store(act_scale_ptr + token + tl.arange(0, 1), act_scale)
-    tl.store(row_sum_ptr + token + tl.arange(0, 1), tl.sum(codes.to(tl.int32), 1))
+    if ROW_SUM:
+        tl.store(row_sum_ptr + token + tl.arange(0, 1), tl.sum(codes.to(tl.int32), 1))
 
 
 @triton.jit
 def _attend_to(
     q, query, scale, k_ptr, v_ptr, visible_ptr, first, keys, k_stride, v_stride, best, total, sums,
     D: tl.constexpr, KEYS: tl.constexpr, VISIBLE: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys first to keys - 1 of one segment (Milakov & Gimelshein 2018, arXiv:1805.02867)."""
     lane = tl.arange(0, D)
-    for start in range(first, keys, KEYS):
+    for start in tl.range(first, keys, KEYS, num_stages=STAGES):
         key = start + tl.arange(0, KEYS)
         known = key < keys
         k = tl.load(k_ptr + key[:, None] * k_stride + lane[None, :], mask=known[:, None], other=0.0)
@@ -253,7 +255,7 @@ def _attend(
         tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0) * ROWS, out_ptr, sums_ptr,
         parts_ptr, q_ptr, k_ptr, v_ptr, visible_ptr, own_k_ptr, own_v_ptr, length, keys, own_keys, q_batch, q_token,
         k_batch, k_token, v_batch, v_token, own_k_batch, own_k_token, own_v_batch, own_v_token, scale, HEADS, D, ROWS,
-        KEYS, SPLITS, VISIBLE, OWN, STATE_FIRST, EXACT,
+        KEYS, SPLITS, VISIBLE, OWN, STATE_FIRST, EXACT, 2,
     )  # fmt: skip
 
 
@@ -263,7 +265,7 @@ def attend_part(
     own_v_ptr, length, keys, own_keys, q_batch, q_token, k_batch, k_token, v_batch, v_token, own_k_batch, own_k_token,
     own_v_batch, own_v_token, scale,
     HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    VISIBLE: tl.constexpr, OWN: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
+    VISIBLE: tl.constexpr, OWN: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows are pairs of a query and a head: all of them read the same keys and values. The queries' own are the last
     part of the keys, or come last in the only one."""
@@ -283,12 +285,13 @@ def attend_part(
     best, total, sums = _attend_to(
         q, query, scale, k_ptr + batch * k_batch, v_ptr + batch * v_batch, visible_ptr, split * part,
         tl.minimum((split + 1) * part, keys), k_token, v_token, best, total, sums, D, KEYS, VISIBLE=VISIBLE,
-        STATE_FIRST=False, EXACT=EXACT,
+        STATE_FIRST=False, EXACT=EXACT, STAGES=STAGES,
     )  # fmt: skip
     if OWN and split == SPLITS - 1:
         best, total, sums = _attend_to(
             q, query, scale, own_k_ptr + batch * own_k_batch, own_v_ptr + batch * own_v_batch, visible_ptr, 0, own_keys,
             own_k_token, own_v_token, best, total, sums, D, KEYS, VISIBLE=False, STATE_FIRST=STATE_FIRST, EXACT=EXACT,
+            STAGES=STAGES,
         )  # fmt: skip
     if SPLITS == 1:
         y = sums / tl.where(total > 0, total, 1.0)[:, None]

@@ -74,7 +74,7 @@ def launch(
         "W": width, "MLP": mlp, "HEADS": heads, "PADDED": triton.next_power_of_2(heads), "D": head, "BM": rows,
         "ROWS": shape.rows, "KEYS": shape.keys, "SPLITS": shape.splits, "ADAPTIVE": norms.shape[-1] == 3 * width,
         "VISIBLE": visible is not None, "STATE_FIRST": state_first, "EPS": NORM_EPS,
-        "SCALE": head**-0.5 * math.log2(math.e), "INTERPRETED": interpreted, "num_warps": 8, "num_stages": 2,
+        "BUTTERFLY": not interpreted, "STAGES": 1, "SCALE": head**-0.5 * math.log2(math.e), "INTERPRETED": interpreted, "num_warps": 8, "num_stages": 2,
     }  # fmt: skip
     for name, matrix, limit in zip(("QKV", "O", "UP", "DOWN"), matrices, (head, 64, 64, 64), strict=True):
         _, n, stored = matrix.weight.shape
@@ -111,6 +111,18 @@ def _wait(counter_ptr, arrivals):
 
 
 @triton.jit
+def _prefetch(rows_ptr, first, rows, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Asks for rows first, ..., first + ROWS - 1, of so many bytes, into L2, where memory is coherent: a hint."""
+    row = (first + tl.arange(0, ROWS))[:, None]
+    line = tl.arange(0, BYTES // 128)[None, :] * 128
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
+        [rows_ptr + row * BYTES + line, ((row < rows) & (line >= 0)).to(tl.int32)], dtype=tl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _modulation(
     norm_ptr, permutation_ptr, layer, K: tl.constexpr, ADAPTIVE: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
@@ -124,14 +136,15 @@ def _modulation(
 @triton.jit
 def _transform(
     x_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, tokens,
-    K: tl.constexpr, BLOCK: tl.constexpr, GEGLU: tl.constexpr, EXACT: tl.constexpr, EPS: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, GEGLU: tl.constexpr, BUTTERFLY: tl.constexpr, EXACT: tl.constexpr,
+    EPS: tl.constexpr,
 ):  # fmt: skip
     """Norm or GeGLU, permutation, Hadamard and rounding: a row a program."""
     B: tl.constexpr = BLOCK if BLOCK > 0 else K
     for row in range(tl.program_id(0), tokens, tl.num_programs(0)):
         transform_rows(
             row, x_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, 2 * K if GEGLU else K, 1,
-            K // B, B, BLOCK > 0, not EXACT, GEGLU, not GEGLU, not GEGLU, EXACT, EPS, K,
+            K // B, B, BLOCK > 0, BUTTERFLY, GEGLU, not GEGLU, not GEGLU, EXACT, EPS, K, False,
         )  # fmt: skip
 
 
@@ -174,7 +187,8 @@ def _layers(
     QKV_COLUMNS: tl.constexpr, QKV_PARTS: tl.constexpr, QKV_PERMUTE: tl.constexpr, QKV_BLOCK: tl.constexpr,
     O_COLUMNS: tl.constexpr, O_PARTS: tl.constexpr, UP_COLUMNS: tl.constexpr, UP_PARTS: tl.constexpr,
     UP_PERMUTE: tl.constexpr, UP_BLOCK: tl.constexpr, DOWN_COLUMNS: tl.constexpr, DOWN_PARTS: tl.constexpr,
-    DOWN_PERMUTE: tl.constexpr, DOWN_BLOCK: tl.constexpr, OPERATION: tl.constexpr,
+    DOWN_PERMUTE: tl.constexpr, DOWN_BLOCK: tl.constexpr, BUTTERFLY: tl.constexpr, STAGES: tl.constexpr,
+    OPERATION: tl.constexpr,
 ):  # fmt: skip
     """Layers first to last - 1: all operations of each, or one of them. What an operation reads that is not computed
     here, it reads before it waits."""
@@ -192,10 +206,19 @@ def _layers(
         if ALL or OPERATION == 0:
             channel, scale, shift = _modulation(norm, qkv_permutation_ptr, layer, W, ADAPTIVE, QKV_PERMUTE)
             if ALL:
+                after = qkv_ptr + (layer + 1) % last * (HEAD * (W // 2))
+                _prefetch(after, program * QKV_COLUMNS, HEAD, QKV_COLUMNS, W // 2)
+                _prefetch(o, program * O_COLUMNS, W, O_COLUMNS, HEADS * D // 2)
+                _prefetch(up, program * UP_COLUMNS, 2 * MLP, UP_COLUMNS, W // 2)
+                _prefetch(down, program * DOWN_COLUMNS, W, DOWN_COLUMNS, MLP // 2)
+                rows = batches * prefix
+                BYTES: tl.constexpr = D * keys_ptr.dtype.element_ty.primitive_bitwidth // 8
+                _prefetch((keys_ptr + layer * rows * D).to(tl.pointer_type(tl.uint8)), program * KEYS, rows, KEYS, BYTES)
+                _prefetch((values_ptr + layer * rows * D).to(tl.pointer_type(tl.uint8)), program * KEYS, rows, KEYS, BYTES)
                 _wait(counter_ptr, done * programs)
             _transform(
                 y_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, W, QKV_BLOCK, False,
-                INTERPRETED, EPS,
+                BUTTERFLY, INTERPRETED, EPS,
             )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
@@ -220,6 +243,7 @@ def _layers(
                     parts_ptr, heads_ptr, keys_ptr + cached, values_ptr + cached, visible_ptr, own, own + D, length,
                     prefix, length, length * HEAD, HEAD, prefix * D, D, prefix * D, D, length * HEAD, HEAD,
                     length * HEAD, HEAD, SCALE, HEADS, D, ROWS, KEYS, SPLITS, VISIBLE, True, STATE_FIRST, INTERPRETED,
+                    STAGES,
                 )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
@@ -229,7 +253,7 @@ def _layers(
             for token in range(program, tokens, programs):
                 combine_token(
                     token, codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, blocks * ROWS, length, SPLITS,
-                    HEADS, PADDED, D, y_ptr.dtype.element_ty,
+                    HEADS, PADDED, D, y_ptr.dtype.element_ty, False,
                 )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
@@ -250,7 +274,7 @@ def _layers(
                 _wait(counter_ptr, (done + 5) * programs)
             _transform(
                 y_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, W, UP_BLOCK, False,
-                INTERPRETED, EPS,
+                BUTTERFLY, INTERPRETED, EPS,
             )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
@@ -271,7 +295,7 @@ def _layers(
                 _wait(counter_ptr, (done + 7) * programs)
             _transform(
                 hidden_ptr, channel, 0.0, 0.0, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, MLP, DOWN_BLOCK, True,
-                INTERPRETED, EPS,
+                BUTTERFLY, INTERPRETED, EPS,
             )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)

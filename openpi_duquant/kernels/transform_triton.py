@@ -148,7 +148,7 @@ def _by_row(
     channel, scale, shift = read_modulation(scale_ptr, shift_ptr, permutation_ptr, k, k < K, SCALE, SHIFT, PERMUTE)
     transform_rows(
         tl.program_id(0), x_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride, ROWS, BLOCKS,
-        B, HADAMARD, BUTTERFLY, GEGLU, NORM, SHIFT, FLOAT32, EPS, K,
+        B, HADAMARD, BUTTERFLY, GEGLU, NORM, SHIFT, FLOAT32, EPS, K, True,
     )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def transform_rows(
     pid, x_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, HADAMARD: tl.constexpr, BUTTERFLY: tl.constexpr,
     GEGLU: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr, FLOAT32: tl.constexpr, EPS: tl.constexpr,
-    K: tl.constexpr,
+    K: tl.constexpr, ROW_SUM: tl.constexpr,
 ):  # fmt: skip
     """Rows pid * ROWS and on; `channel`, `scale` and `shift` as `read_modulation` gives them."""
     WIDTH: tl.constexpr = BLOCKS * B
@@ -183,7 +183,8 @@ def transform_rows(
     codes, act_scale = quantize_rows(y, gain)
     tl.store(codes_ptr + row[:, None] * K + k, codes, mask=inside)
     tl.store(act_scale_ptr + row, act_scale, mask=row < M)
-    tl.store(row_sum_ptr + row, tl.sum(codes.to(tl.int32), 1), mask=row < M)
+    if ROW_SUM:
+        tl.store(row_sum_ptr + row, tl.sum(codes.to(tl.int32), 1), mask=row < M)
 
 
 @triton.jit
