@@ -85,6 +85,13 @@ def test_the_kernel_takes_the_variance_of_what_is_centered() -> None:
 
 
 @pytest.mark.triton
+def test_the_kernel_normalizes_the_sum_as_rounded() -> None:
+    """A step of fp16 is one half here."""
+    operands = given((3, 1152), torch.float16, offset=1000.0)
+    assert_right(launched(*operands), *operands, slack=20)
+
+
+@pytest.mark.triton
 def test_the_kernel_adds_eps_to_the_variance() -> None:
     operands = given((3, 1152), torch.float32)
     assert_right(launched(*operands, eps=2.0), *operands, eps=2.0)
