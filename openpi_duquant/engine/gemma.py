@@ -231,7 +231,6 @@ class ActionExpert(nn.Module):
 
     def __init__(self, size: TransformerSize, *, adaptive: bool) -> None:
         super().__init__()
-        self.size = size
         self.layers = nn.ModuleList(DecoderLayer(size, adaptive=adaptive) for _ in range(size.depth))
         self.norm = AdaptiveRMSNorm(size.width) if adaptive else RMSNorm(size.width)
 
@@ -245,7 +244,7 @@ class ActionExpert(nn.Module):
     def forward(
         self,
         x: Tensor,
-        positions: Tensor,
+        rotation: tuple[Tensor, Tensor],
         visible: Tensor | None,
         caches: Sequence[KeyValue],
         modulations: Sequence[Tensor | None],
@@ -256,7 +255,7 @@ class ActionExpert(nn.Module):
 
         Args:
             x: Embedded suffix [B, S, W].
-            positions: [B, S].
+            rotation: Cosines and sines [B, S, D] of its positions, see `rotary`.
             visible: [B, P] bool, of the cached keys; None for all.
             caches: Keys and values of the language model's layers.
             modulations: Of every norm, [3 W] fp32, or None for norms that take none.
@@ -265,7 +264,6 @@ class ActionExpert(nn.Module):
         Returns:
             [B, S, W].
         """
-        rotation = rotary(positions, self.size.head_dim, x.dtype)
         for index, (layer, cached) in enumerate(zip(self.layers, caches, strict=True)):
             own = modulations[2 * index : 2 * index + 2]
             x, _ = layer(x, rotation, visible, cached, own, state_first=state_first)

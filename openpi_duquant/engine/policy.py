@@ -20,6 +20,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.gemma import ActionExpert
 from openpi_duquant.engine.gemma import KeyValue
 from openpi_duquant.engine.gemma import LanguageModel
+from openpi_duquant.engine.gemma import rotary
 from openpi_duquant.engine.graphs import Graphs
 from openpi_duquant.engine.graphs import Inputs
 from openpi_duquant.engine.observation import Observation
@@ -171,11 +172,11 @@ class Policy(nn.Module, abc.ABC):
         """Integrates the velocity field from noise [B, S, A] at time 1 to actions at time 0 (Euler)."""
         horizon, state_first = noise.shape[1], state is not None
         places = torch.arange(horizon + state_first, device=noise.device)
-        positions = visible.sum(1, keepdim=True) + places
+        rotation = rotary(visible.sum(1, keepdim=True) + places, self.architecture.expert.head_dim, self.dtype)
         actions = noise
         for entry in schedule:
             x, modulations = self.embed_suffix(state, actions, entry)
-            x = self.expert(x.to(self.dtype), positions, visible, caches, modulations, state_first=state_first)
+            x = self.expert(x.to(self.dtype), rotation, visible, caches, modulations, state_first=state_first)
             actions = actions - self.action_out_proj(x[:, -horizon:].float()) / len(schedule)
         return actions
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from openpi_duquant import kernels
 from openpi_duquant.accuracy import relative_error
 from openpi_duquant.engine import Policy
+from openpi_duquant.engine import gemma
 from openpi_duquant.engine import load_policy
 from openpi_duquant.kernels import attention
 from openpi_duquant.kernels import rotary
@@ -55,7 +56,8 @@ def run(policy: Policy, step: Callable[[], object] = lambda: None) -> list[Tenso
         caches = policy.language_model(prefix, visible.cumsum(1) - 1, visible)
         step()
         positions = visible.sum(1, keepdim=True) + torch.arange(HORIZON, device=DEVICE)
-        y = policy.expert(x, positions, visible, caches, modulations, state_first=False)
+        rotation = gemma.rotary(positions, sizes[1].head_dim, x.dtype)
+        y = policy.expert(x, rotation, visible, caches, modulations, state_first=False)
     return [part for cache in caches for part in cache] + [y]
 
 
