@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 import triton.language as tl
 
 from openpi_duquant.kernels import attention_triton
+from openpi_duquant.kernels import layer_norm_triton
 from openpi_duquant.kernels import matmul_triton
 from openpi_duquant.kernels import rotary_triton
 from openpi_duquant.kernels import transform_triton
@@ -43,6 +44,7 @@ KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
     "matmul, many": (matmul_triton._matmul, _MATMUL | {"BM": 128, "LINES": 0}),
     "matmul, rotary": (matmul_triton._matmul, _MATMUL | _ROTARY | {"BM": 16, "LINES": 4}),
     "rotary": (rotary_triton._rotary, {"HEADS": 9, "PADDED": 16, "HALF": 128}),
+    "layer norm": (layer_norm_triton._add_layer_norm, {"EPS": 1e-6, "WIDTH": 1152, "PADDED": 2048}),
     "attend": (
         attention_triton._attend,
         {

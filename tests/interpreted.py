@@ -52,6 +52,14 @@ def _rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned
 
 
+def _add_layer_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from openpi_duquant.kernels import layer_norm_triton  # noqa: PLC0415
+
+    outputs = x.new_empty(x.shape), x.new_empty(x.shape)
+    layer_norm_triton.launch(outputs, x, delta, weight, bias, eps)
+    return outputs
+
+
 def _attend(q: Tensor, *operands: object) -> Tensor:
     from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
 
@@ -80,6 +88,6 @@ def fused_transform(x: Tensor, given: Transform, prologue: Prologue = NO_PROLOGU
 def operators() -> Iterator[None]:
     """Gives the operators their CPU versions."""
     with torch.library._scoped_library("openpi_duquant", "FRAGMENT") as library:
-        for run in (_fused_transform, _triton_matmul, _epilogue, _rotary, _attend, _attend_quantized):
+        for run in (_fused_transform, _triton_matmul, _epilogue, _rotary, _add_layer_norm, _attend, _attend_quantized):
             library.impl(run.__name__.removeprefix("_"), run, "CPU")
         yield

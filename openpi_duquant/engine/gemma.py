@@ -236,7 +236,6 @@ class ActionExpert(nn.Module):
 
     def __init__(self, size: TransformerSize, *, adaptive: bool) -> None:
         super().__init__()
-        self.size = size
         self.layers = nn.ModuleList(DecoderLayer(size, adaptive=adaptive) for _ in range(size.depth))
         self.norm = AdaptiveRMSNorm(size.width) if adaptive else RMSNorm(size.width)
 
@@ -269,7 +268,7 @@ class ActionExpert(nn.Module):
 
         Args:
             x: Embedded suffix [B, S, W].
-            rotation: Cosines and sines [B, S, D].
+            rotation: Cosines and sines [B, S, D] of its positions, see `rotary`.
             visible: [B, P] bool, of the cached keys; None for all.
             cached: Keys and values of the language model's layers.
             modulations: Of every norm, [3 W] fp32, or None for norms that take none.

@@ -172,8 +172,7 @@ class Policy(nn.Module, abc.ABC):
         """Integrates the velocity field from noise [B, S, A] at time 1 to actions at time 0 (Euler)."""
         horizon, state_first = noise.shape[1], state is not None
         places = torch.arange(horizon + state_first, device=noise.device)
-        positions = visible.sum(1, keepdim=True) + places
-        rotation = rotary(positions, self.architecture.expert.head_dim, self.dtype)
+        rotation = rotary(visible.sum(1, keepdim=True) + places, self.architecture.expert.head_dim, self.dtype)
         actions = noise
         for entry in schedule:
             x, modulations = self.embed_suffix(state, actions, entry)

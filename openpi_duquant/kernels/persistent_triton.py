@@ -213,8 +213,12 @@ def _layers(
                 _prefetch(down, program * DOWN_COLUMNS, W, DOWN_COLUMNS, MLP // 2)
                 rows = batches * prefix
                 BYTES: tl.constexpr = D * keys_ptr.dtype.element_ty.primitive_bitwidth // 8
-                _prefetch((keys_ptr + layer * rows * D).to(tl.pointer_type(tl.uint8)), program * KEYS, rows, KEYS, BYTES)
-                _prefetch((values_ptr + layer * rows * D).to(tl.pointer_type(tl.uint8)), program * KEYS, rows, KEYS, BYTES)
+                _prefetch(
+                    (keys_ptr + layer * rows * D).to(tl.pointer_type(tl.uint8)), program * KEYS, rows, KEYS, BYTES
+                )
+                _prefetch(
+                    (values_ptr + layer * rows * D).to(tl.pointer_type(tl.uint8)), program * KEYS, rows, KEYS, BYTES
+                )
                 _wait(counter_ptr, done * programs)
             _transform(
                 y_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, W, QKV_BLOCK, False,

@@ -77,6 +77,12 @@ def test_the_rotary_embedding() -> None:
     torch.library.opcheck(OPERATORS.rotary.default, (random(2, 5, 160), random(2, 5, 16), random(2, 5, 16)))
 
 
+def test_the_layer_norm() -> None:
+    for shape in ((2, 5, 72), (3, 1152)):
+        given = random(*shape), random(*shape), random(shape[-1]), random(shape[-1])
+        torch.library.opcheck(OPERATORS.add_layer_norm.default, (*given, 1e-6))
+
+
 def test_attention() -> None:
     q, k, v = random(2, 3, 8, 16), random(2, 13, 16), random(2, 13, 16)
     visible, own = torch.rand(2, 13, device=DEVICE) < 0.6, (random(2, 3, 16), random(2, 3, 16))

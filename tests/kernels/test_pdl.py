@@ -20,6 +20,7 @@ KERNELS = (
     "matmul, many",
     "matmul, rotary",
     "rotary",
+    "layer norm",
     "attend",
     "combine",
     "combine and round",
