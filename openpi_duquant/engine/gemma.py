@@ -277,7 +277,7 @@ class ActionExpert(nn.Module):
         Returns:
             [B, S, W].
         """
-        if persistent.takes(x, self.size.head_dim) and self._stack is not None:
+        if persistent.takes(x, head_dim=rotation[0].shape[-1]) and self._stack is not None:
             norms = self._stack.norms if modulations[0] is None else modulations[:-1]
             x = persistent.run_layers(x, self._stack, norms, rotation, visible, cached, state_first=state_first)
         else:

@@ -217,22 +217,18 @@ def columns_of(start, BN: tl.constexpr, HEAD: tl.constexpr):
 
 
 @triton.jit
-def read_weights(weight_ptr, n, N, K: tl.constexpr, PARTS: tl.constexpr):
-    """All of rows n [BN] of the weight, in parts of their K bytes: [PARTS, BN, K / PARTS]; zeros from row N on."""
-    PART: tl.constexpr = K // PARTS
-    k = tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-    at = weight_ptr + n.to(tl.int64)[None, :, None] * K + k
-    return tl.load(at, mask=(n < N)[None, :, None], other=0)
+def read_weights(weight_ptr, n, N, part, K: tl.constexpr, PART: tl.constexpr):
+    """Of rows n [BN] of the weight, K bytes each, part `part` of PART bytes: [BN, PART]; zeros from row N on."""
+    at = weight_ptr + n.to(tl.int64)[:, None] * K + part * PART + tl.arange(0, PART)[None, :]
+    return tl.load(at, mask=(n < N)[:, None], other=0)
 
 
 @triton.jit
-def sums_of(w, a_ptr, m, M, K: tl.constexpr, PARTS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Sums [BM, BN] int32 of int4 weights, see `read_weights`, and rows m of a [M, 2 K]. For few rows: warps share out
-    the channels, of which each part has sums of its own."""
-    PART: tl.constexpr = K // PARTS
-    k = tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
-    at = a_ptr + tl.where(m < M, m, 0)[None, None, :] * (2 * K) + k
-    low, high = tl.load(at), tl.load(at + K)
-    sums = tl.dot(_signed(w, HIGH=False, INTERPRETED=INTERPRETED), low, out_dtype=tl.int32)
-    sums = tl.dot(_signed(w, HIGH=True, INTERPRETED=INTERPRETED), high, sums, out_dtype=tl.int32)
-    return (tl.sum(sums, 0) >> 4).T
+def sums_of(w, a_ptr, m, M, part, K: tl.constexpr, PART: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Sums [BM, BN] int32, over the channels of that part, of int4 weights, see `read_weights`, and rows m of
+    a [M, 2 K]."""
+    k = part * PART + tl.arange(0, PART)
+    at = a_ptr + tl.where(m < M, m, 0)[None, :] * (2 * K) + k[:, None]
+    sums = tl.dot(_signed(w, HIGH=False, INTERPRETED=INTERPRETED), tl.load(at), out_dtype=tl.int32)
+    sums = tl.dot(_signed(w, HIGH=True, INTERPRETED=INTERPRETED), tl.load(at + K), sums, out_dtype=tl.int32)
+    return (sums >> 4).T

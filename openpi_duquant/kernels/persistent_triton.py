@@ -12,7 +12,6 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from openpi_duquant.kernels import transform
 from openpi_duquant.kernels.attention_triton import Shape
 from openpi_duquant.kernels.attention_triton import attend_part
 from openpi_duquant.kernels.attention_triton import combine_token
@@ -22,10 +21,12 @@ from openpi_duquant.kernels.matmul_triton import finish
 from openpi_duquant.kernels.matmul_triton import read_weights
 from openpi_duquant.kernels.matmul_triton import sums_of
 from openpi_duquant.kernels.reference import NORM_EPS
+from openpi_duquant.kernels.transform_triton import gated
 from openpi_duquant.kernels.transform_triton import read_modulation
 from openpi_duquant.kernels.transform_triton import transform_rows
 
 if TYPE_CHECKING:
+    from openpi_duquant.kernels.persistent import Matrix
     from openpi_duquant.kernels.persistent import Stack
 
 OPERATIONS = 9
@@ -61,38 +62,47 @@ def launch(
     parts = batch, shape.splits, blocks * shape.rows
     fp32 = {"dtype": torch.float32}
     scratch = (
-        *transform.empty(y, tokens, max(mlp, heads * head, width)), y.new_empty(tokens, (heads + 2) * head),
-        y.new_empty(*parts, head, **fp32), y.new_empty(*parts, 2, **fp32), y.new_empty(tokens, 2 * mlp),
+        y.new_empty(tokens, max(mlp, heads * head, width), dtype=torch.int8), y.new_empty(tokens, 1, **fp32),
+        y.new_empty(tokens, (heads + 2) * head), y.new_empty(*parts, head, **fp32), y.new_empty(*parts, 2, **fp32),
+        y.new_empty(tokens, 2 * mlp),
     )  # fmt: skip
+    zeros = y.new_zeros(tokens * width + 1, dtype=torch.int32)
     matrices = stack.qkv, stack.o, stack.gate_up, stack.down
     operands = (
-        y, y.new_zeros(1, dtype=torch.int32), *(part for matrix in matrices for part in matrix[:3]), norms, keys,
-        values, visible, cos, sin, *scratch, tokens, length, batch, prefix, blocks,
+        y, zeros, zeros[-1:], *(part for matrix in matrices for part in matrix[:3]), norms, keys, values, visible, cos,
+        sin, *scratch, tokens, length, batch, prefix, blocks,
     )  # fmt: skip
-    rows = max(16, triton.next_power_of_2(tokens))
+    columns = 64 if width % 64 == 0 and programs >= 64 else 16
     constants = {
-        "W": width, "MLP": mlp, "HEADS": heads, "PADDED": triton.next_power_of_2(heads), "D": head, "BM": rows,
-        "ROWS": shape.rows, "KEYS": shape.keys, "SPLITS": shape.splits, "ADAPTIVE": norms.shape[-1] == 3 * width,
-        "VISIBLE": visible is not None, "STATE_FIRST": state_first, "EPS": NORM_EPS,
-        "BUTTERFLY": not interpreted, "STAGES": 1, "SCALE": head**-0.5 * math.log2(math.e), "INTERPRETED": interpreted, "num_warps": 8, "num_stages": 2,
+        "W": width, "MLP": mlp, "HEADS": heads, "PADDED": triton.next_power_of_2(heads), "D": head,
+        "BM": max(16, triton.next_power_of_2(tokens)), "ROWS": shape.rows, "KEYS": shape.keys, "SPLITS": shape.splits,
+        "ADAPTIVE": norms.shape[-1] == 3 * width, "VISIBLE": visible is not None, "STATE_FIRST": state_first,
+        "EPS": NORM_EPS, "SCALE": head**-0.5 * math.log2(math.e), "INTERPRETED": interpreted,
+        "QKV_COLUMNS": min(_columns(stack.qkv, programs), head), "UP_COLUMNS": _columns(stack.gate_up, programs),
+        "COLUMNS": columns, "O_PARTS": _parts(stack.o, columns, programs),
+        "DOWN_PARTS": _parts(stack.down, columns, programs), "num_warps": 8, "num_stages": 2,
     }  # fmt: skip
-    for name, matrix, limit in zip(("QKV", "O", "UP", "DOWN"), matrices, (head, 64, 64, 64), strict=True):
-        _, n, stored = matrix.weight.shape
-        constants[f"{name}_COLUMNS"] = min(_columns(n, programs), limit)
-        constants[f"{name}_PARTS"] = min(128 // rows, stored // _FEWEST_CHANNELS)
-        if name != "O":
-            constants[f"{name}_PERMUTE"], constants[f"{name}_BLOCK"] = matrix.permutation is not None, matrix.hadamard
+    for name, matrix in (("QKV", stack.qkv), ("UP", stack.gate_up), ("DOWN", stack.down)):
+        constants[f"{name}_PERMUTE"], constants[f"{name}_BLOCK"] = matrix.permutation is not None, matrix.hadamard
     if not interpreted:
         _layers[(programs,)](*operands, 0, depth, OPERATION=-1, launch_cooperative_grid=True, **constants)
         return
     for layer in range(depth):  # programs of the interpreter run one after the other: they cannot wait
         for operation in range(OPERATIONS):
             _layers[(programs,)](*operands, layer, layer + 1, OPERATION=operation, **constants)
+    _layers[(programs,)](*operands, 0, depth, OPERATION=OPERATIONS, **constants)
 
 
-def _columns(n: int, programs: int) -> int:
+def _columns(matrix: "Matrix", programs: int) -> int:
     """Of a tile: the most that leave half of the programs or more something to do."""
-    return next((columns for columns in (64, 32) if 2 * n >= columns * programs), 16)
+    return next((columns for columns in (64, 32) if 2 * matrix.weight.shape[1] >= columns * programs), 16)
+
+
+def _parts(matrix: "Matrix", columns: int, programs: int) -> int:
+    """Into which the channels are cut, so that nearly all programs have something to do."""
+    _, n, stored = matrix.weight.shape
+    most = min(max(1, programs * columns // n), stored // _FEWEST_CHANNELS)
+    return 1 << (most.bit_length() - 1)
 
 
 @triton.jit
@@ -135,60 +145,95 @@ def _modulation(
 
 @triton.jit
 def _transform(
-    x_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, tokens,
-    K: tl.constexpr, BLOCK: tl.constexpr, GEGLU: tl.constexpr, BUTTERFLY: tl.constexpr, EXACT: tl.constexpr,
-    EPS: tl.constexpr,
+    row, x, scale, shift, codes_ptr, act_scale_ptr, tokens,
+    K: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, INTERPRETED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """Norm or GeGLU, permutation, Hadamard and rounding: a row a program."""
+    """Norm, Hadamard and rounding of a row x [1, K]."""
     B: tl.constexpr = BLOCK if BLOCK > 0 else K
-    for row in range(tl.program_id(0), tokens, tl.num_programs(0)):
-        transform_rows(
-            row, x_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, 2 * K if GEGLU else K, 1,
-            K // B, B, BLOCK > 0, BUTTERFLY, GEGLU, not GEGLU, not GEGLU, EXACT, EPS, K, False,
-        )  # fmt: skip
+    transform_rows(
+        row + tl.arange(0, 1), x, scale, shift, codes_ptr, act_scale_ptr, act_scale_ptr, tokens, 1, K // B, B,
+        BLOCK > 0, not INTERPRETED, NORM, NORM, INTERPRETED, EPS, K, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def _factors(scale_ptr, gate_ptr, layer, channel, pending, W: tl.constexpr, GATE: tl.constexpr):
+    """What the sums of a layer's matrix are multiplied by: its scales, and a gate."""
+    factor = tl.load(scale_ptr + layer * W + channel, mask=(channel >= 0) & pending, other=0.0)
+    gate = tl.load(gate_ptr + channel, mask=(channel >= 0) & pending, other=0.0).to(tl.float32) if GATE else 1.0
+    return factor, gate
+
+
+@triton.jit
+def _added(
+    y_ptr, sums_ptr, act_scale_ptr, row, channel, factor, gate, pending, W: tl.constexpr,
+):  # fmt: skip
+    """Channels of a row of y, to which what the last matrix made of it has been added; its sums are zeros again."""
+    at = row * W + channel
+    x = tl.load(y_ptr + at)
+    if pending:
+        added = tl.load(sums_ptr + at).to(tl.float32) * factor * tl.load(act_scale_ptr + row) * gate
+        x = (added + x.to(tl.float32)).to(x.dtype)
+        tl.store(y_ptr + at, x)
+        tl.store(sums_ptr + at, tl.zeros_like(at))
+    return x
 
 
 @triton.jit
 def _weights(
-    weight_ptr, tile, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, HEAD: tl.constexpr,
+    weight_ptr, unit, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile; zeros where there is none."""
-    return read_weights(weight_ptr, columns_of(tile * BN, BN, HEAD), N, K // 2, PARTS)
+    """Of a unit: a part of the channels, of a tile of the columns; zeros where there is none."""
+    n = columns_of(unit // PARTS * BN, BN, HEAD)
+    return read_weights(weight_ptr, n, N, unit % PARTS, K // 2, K // 2 // PARTS)
 
 
 @triton.jit
 def _multiply(
-    w, codes_ptr, act_scale_ptr, weight_ptr, scale_ptr, cos_ptr, sin_ptr, gate_ptr, out_ptr, tokens,
-    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, HEAD: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATE: tl.constexpr, INTERPRETED: tl.constexpr,
+    w, codes_ptr, act_scale_ptr, weight_ptr, scale_ptr, cos_ptr, sin_ptr, out_ptr, tokens,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HEAD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """W4A8, then a rotary embedding, or added to what is there: tile by tile, of the first with weights w."""
+    """W4A8, then a rotary embedding, tile by tile, of the first with weights w."""
     m = tl.arange(0, BM)
     programs = tl.num_programs(0)
     for tile in range(tl.program_id(0), tl.cdiv(N, BN), programs):
-        sums = sums_of(w, codes_ptr, m, tokens, K // 2, PARTS, INTERPRETED)
         finish(
-            sums, m, columns_of(tile * BN, BN, HEAD), tile * BN, tokens, N, act_scale_ptr, scale_ptr, scale_ptr,
-            scale_ptr, cos_ptr, sin_ptr, out_ptr, gate_ptr, out_ptr, BM, BN, False, False, 0, 1.0, HEAD, RESIDUAL, GATE,
-            INTERPRETED,
+            sums_of(w, codes_ptr, m, tokens, 0, K // 2, K // 2, INTERPRETED), m, columns_of(tile * BN, BN, HEAD),
+            tile * BN, tokens, N, act_scale_ptr, scale_ptr, scale_ptr, scale_ptr, cos_ptr, sin_ptr, out_ptr, scale_ptr,
+            out_ptr, BM, BN, False, False, 0, 1.0, HEAD, False, False, INTERPRETED,
         )  # fmt: skip
-        w = _weights(weight_ptr, tile + programs, N, K, BN, PARTS, HEAD)
+        w = _weights(weight_ptr, tile + programs, N, K, BN, 1, HEAD)
+
+
+@triton.jit
+def _sum_up(
+    w, codes_ptr, weight_ptr, sums_ptr, tokens, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PARTS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The sums of a W4A8 matrix, unit by unit, of the first with weights w: integers, the same in any order."""
+    m = tl.arange(0, BM)
+    programs = tl.num_programs(0)
+    for unit in range(tl.program_id(0), tl.cdiv(N, BN) * PARTS, programs):
+        sums = sums_of(w, codes_ptr, m, tokens, unit % PARTS, K // 2, K // 2 // PARTS, INTERPRETED)
+        n = unit // PARTS * BN + tl.arange(0, BN)
+        inside = (m < tokens)[:, None] & (n < N)[None, :]
+        tl.atomic_add(sums_ptr + m[:, None] * N + n[None, :], sums, mask=inside, sem="relaxed")
+        w = _weights(weight_ptr, unit + programs, N, K, BN, PARTS, 0)
 
 
 @triton.jit
 def _layers(
-    y_ptr, counter_ptr, qkv_ptr, qkv_scale_ptr, qkv_permutation_ptr, o_ptr, o_scale_ptr, o_permutation_ptr, up_ptr,
-    up_scale_ptr, up_permutation_ptr, down_ptr, down_scale_ptr, down_permutation_ptr, norms_ptr, keys_ptr, values_ptr,
-    visible_ptr, cos_ptr, sin_ptr, codes_ptr, act_scale_ptr, row_sum_ptr, heads_ptr, sums_ptr, parts_ptr, hidden_ptr,
-    tokens, length, batches, prefix, blocks, first, last,
+    y_ptr, all_sums_ptr, counter_ptr, qkv_ptr, qkv_scale_ptr, qkv_permutation_ptr, o_ptr, o_scale_ptr,
+    o_permutation_ptr, up_ptr, up_scale_ptr, up_permutation_ptr, down_ptr, down_scale_ptr, down_permutation_ptr,
+    norms_ptr, keys_ptr, values_ptr, visible_ptr, cos_ptr, sin_ptr, codes_ptr, act_scale_ptr, heads_ptr, sums_ptr,
+    parts_ptr, hidden_ptr, tokens, length, batches, prefix, blocks, first, last,
     W: tl.constexpr, MLP: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, ADAPTIVE: tl.constexpr, VISIBLE: tl.constexpr,
     STATE_FIRST: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, INTERPRETED: tl.constexpr,
-    QKV_COLUMNS: tl.constexpr, QKV_PARTS: tl.constexpr, QKV_PERMUTE: tl.constexpr, QKV_BLOCK: tl.constexpr,
-    O_COLUMNS: tl.constexpr, O_PARTS: tl.constexpr, UP_COLUMNS: tl.constexpr, UP_PARTS: tl.constexpr,
-    UP_PERMUTE: tl.constexpr, UP_BLOCK: tl.constexpr, DOWN_COLUMNS: tl.constexpr, DOWN_PARTS: tl.constexpr,
-    DOWN_PERMUTE: tl.constexpr, DOWN_BLOCK: tl.constexpr, BUTTERFLY: tl.constexpr, STAGES: tl.constexpr,
-    OPERATION: tl.constexpr,
+    QKV_COLUMNS: tl.constexpr, QKV_PERMUTE: tl.constexpr, QKV_BLOCK: tl.constexpr,
+    UP_COLUMNS: tl.constexpr, UP_PERMUTE: tl.constexpr, UP_BLOCK: tl.constexpr,
+    DOWN_PERMUTE: tl.constexpr, DOWN_BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, O_PARTS: tl.constexpr, DOWN_PARTS: tl.constexpr, OPERATION: tl.constexpr,
 ):  # fmt: skip
     """Layers first to last - 1: all operations of each, or one of them. What an operation reads that is not computed
     here, it reads before it waits."""
@@ -205,12 +250,14 @@ def _layers(
         down = down_ptr + layer * (W * (MLP // 2))
         if ALL or OPERATION == 0:
             channel, scale, shift = _modulation(norm, qkv_permutation_ptr, layer, W, ADAPTIVE, QKV_PERMUTE)
+            factor, gate = _factors(down_scale_ptr, norm - W, layer - 1, channel, layer > 0, W, ADAPTIVE)
             if ALL:
-                after = qkv_ptr + (layer + 1) % last * (HEAD * (W // 2))
-                _prefetch(after, program * QKV_COLUMNS, HEAD, QKV_COLUMNS, W // 2)
-                _prefetch(o, program * O_COLUMNS, W, O_COLUMNS, HEADS * D // 2)
+                _prefetch(
+                    qkv_ptr + (layer + 1) % last * (HEAD * (W // 2)), program * QKV_COLUMNS, HEAD, QKV_COLUMNS, W // 2
+                )
+                _prefetch(o, program * 16, W, 16, HEADS * D // 2)
                 _prefetch(up, program * UP_COLUMNS, 2 * MLP, UP_COLUMNS, W // 2)
-                _prefetch(down, program * DOWN_COLUMNS, W, DOWN_COLUMNS, MLP // 2)
+                _prefetch(down, program * 16, W, 16, MLP // 2)
                 rows = batches * prefix
                 BYTES: tl.constexpr = D * keys_ptr.dtype.element_ty.primitive_bitwidth // 8
                 _prefetch(
@@ -220,19 +267,20 @@ def _layers(
                     (values_ptr + layer * rows * D).to(tl.pointer_type(tl.uint8)), program * KEYS, rows, KEYS, BYTES
                 )
                 _wait(counter_ptr, done * programs)
-            _transform(
-                y_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, W, QKV_BLOCK, False,
-                BUTTERFLY, INTERPRETED, EPS,
-            )  # fmt: skip
+            for row in range(program, tokens, programs):
+                x = _added(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, layer > 0, W)
+                _transform(
+                    row, x, scale, shift, codes_ptr, act_scale_ptr, tokens, W, QKV_BLOCK, True, INTERPRETED, EPS
+                )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 1:
-            w = _weights(qkv, program, HEAD, W, QKV_COLUMNS, QKV_PARTS, D)
+            w = _weights(qkv, program, HEAD, W, QKV_COLUMNS, 1, D)
             if ALL:
                 _wait(counter_ptr, (done + 1) * programs)
             _multiply(
-                w, codes_ptr, act_scale_ptr, qkv, qkv_scale_ptr + layer * HEAD, cos_ptr, sin_ptr, norm, heads_ptr,
-                tokens, HEAD, W, BM, QKV_COLUMNS, QKV_PARTS, D, False, False, INTERPRETED,
+                w, codes_ptr, act_scale_ptr, qkv, qkv_scale_ptr + layer * HEAD, cos_ptr, sin_ptr, heads_ptr, tokens,
+                HEAD, W, BM, QKV_COLUMNS, D, INTERPRETED,
             )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
@@ -246,8 +294,7 @@ def _layers(
                     unit % blocks, unit // blocks % SPLITS, unit // (blocks * SPLITS), blocks * ROWS, sums_ptr, sums_ptr,
                     parts_ptr, heads_ptr, keys_ptr + cached, values_ptr + cached, visible_ptr, own, own + D, length,
                     prefix, length, length * HEAD, HEAD, prefix * D, D, prefix * D, D, length * HEAD, HEAD,
-                    length * HEAD, HEAD, SCALE, HEADS, D, ROWS, KEYS, SPLITS, VISIBLE, True, STATE_FIRST, INTERPRETED,
-                    STAGES,
+                    length * HEAD, HEAD, SCALE, HEADS, D, ROWS, KEYS, SPLITS, VISIBLE, True, STATE_FIRST, INTERPRETED, 1,
                 )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
@@ -256,39 +303,37 @@ def _layers(
                 _wait(counter_ptr, (done + 3) * programs)
             for token in range(program, tokens, programs):
                 combine_token(
-                    token, codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, blocks * ROWS, length, SPLITS,
+                    token, codes_ptr, act_scale_ptr, act_scale_ptr, sums_ptr, parts_ptr, blocks * ROWS, length, SPLITS,
                     HEADS, PADDED, D, y_ptr.dtype.element_ty, False,
                 )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 4:
-            w = _weights(o, program, W, HEADS * D, O_COLUMNS, O_PARTS, 0)
+            w = _weights(o, program, W, HEADS * D, COLUMNS, O_PARTS, 0)
             if ALL:
                 _wait(counter_ptr, (done + 4) * programs)
-            _multiply(
-                w, codes_ptr, act_scale_ptr, o, o_scale_ptr + layer * W, cos_ptr, sin_ptr, norm + 2 * W, y_ptr, tokens,
-                W, HEADS * D, BM, O_COLUMNS, O_PARTS, 0, True, ADAPTIVE, INTERPRETED,
-            )  # fmt: skip
+            _sum_up(w, codes_ptr, o, all_sums_ptr, tokens, W, HEADS * D, BM, COLUMNS, O_PARTS, INTERPRETED)
             if ALL:
                 _arrive(counter_ptr)
-        norm += NORM
         if ALL or OPERATION == 5:
-            channel, scale, shift = _modulation(norm, up_permutation_ptr, layer, W, ADAPTIVE, UP_PERMUTE)
+            channel, scale, shift = _modulation(norm + NORM, up_permutation_ptr, layer, W, ADAPTIVE, UP_PERMUTE)
+            factor, gate = _factors(o_scale_ptr, norm + 2 * W, layer, channel, True, W, ADAPTIVE)
             if ALL:
                 _wait(counter_ptr, (done + 5) * programs)
-            _transform(
-                y_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, W, UP_BLOCK, False,
-                BUTTERFLY, INTERPRETED, EPS,
-            )  # fmt: skip
+            for row in range(program, tokens, programs):
+                x = _added(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, True, W)
+                _transform(
+                    row, x, scale, shift, codes_ptr, act_scale_ptr, tokens, W, UP_BLOCK, True, INTERPRETED, EPS
+                )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 6:
-            w = _weights(up, program, 2 * MLP, W, UP_COLUMNS, UP_PARTS, 0)
+            w = _weights(up, program, 2 * MLP, W, UP_COLUMNS, 1, 0)
             if ALL:
                 _wait(counter_ptr, (done + 6) * programs)
             _multiply(
-                w, codes_ptr, act_scale_ptr, up, up_scale_ptr + layer * (2 * MLP), cos_ptr, sin_ptr, norm, hidden_ptr,
-                tokens, 2 * MLP, W, BM, UP_COLUMNS, UP_PARTS, 0, False, False, INTERPRETED,
+                w, codes_ptr, act_scale_ptr, up, up_scale_ptr + layer * (2 * MLP), cos_ptr, sin_ptr, hidden_ptr, tokens,
+                2 * MLP, W, BM, UP_COLUMNS, 0, INTERPRETED,
             )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
@@ -297,19 +342,25 @@ def _layers(
             channel = tl.load(down_permutation_ptr + layer * MLP + k) if DOWN_PERMUTE else k
             if ALL:
                 _wait(counter_ptr, (done + 7) * programs)
-            _transform(
-                hidden_ptr, channel, 0.0, 0.0, codes_ptr, act_scale_ptr, row_sum_ptr, tokens, MLP, DOWN_BLOCK, True,
-                BUTTERFLY, INTERPRETED, EPS,
-            )  # fmt: skip
+            for row in range(program, tokens, programs):
+                x = gated(hidden_ptr + row * (2 * MLP), channel, channel >= 0, MLP, True)
+                _transform(
+                    row, x, 0.0, 0.0, codes_ptr, act_scale_ptr, tokens, MLP, DOWN_BLOCK, False, INTERPRETED, EPS
+                )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 8:
-            w = _weights(down, program, W, MLP, DOWN_COLUMNS, DOWN_PARTS, 0)
+            w = _weights(down, program, W, MLP, COLUMNS, DOWN_PARTS, 0)
             if ALL:
                 _wait(counter_ptr, (done + 8) * programs)
-            _multiply(
-                w, codes_ptr, act_scale_ptr, down, down_scale_ptr + layer * W, cos_ptr, sin_ptr, norm + 2 * W, y_ptr,
-                tokens, W, MLP, BM, DOWN_COLUMNS, DOWN_PARTS, 0, True, ADAPTIVE, INTERPRETED,
-            )  # fmt: skip
+            _sum_up(w, codes_ptr, down, all_sums_ptr, tokens, W, MLP, BM, COLUMNS, DOWN_PARTS, INTERPRETED)
             if ALL:
                 _arrive(counter_ptr)
+    if ALL or OPERATION == 9:
+        channel = tl.arange(0, W)[None, :]
+        gate_ptr = norms_ptr + last * (2 * NORM) - W
+        factor, gate = _factors(down_scale_ptr, gate_ptr, last - 1, channel, True, W, ADAPTIVE)
+        if ALL:
+            _wait(counter_ptr, (last - first) * 9 * programs)
+        for row in range(program, tokens, programs):
+            _added(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, True, W)

@@ -53,7 +53,7 @@ def launch(
 
 
 @triton.jit
-def _gate(x_ptr, channel, inside, K: tl.constexpr, GEGLU: tl.constexpr):
+def gated(x_ptr, channel, inside, K: tl.constexpr, GEGLU: tl.constexpr):
     """Channels of x; of gelu(gate) * up where x = gate | up, both factors rounded to the type of x, as torch does."""
     x = tl.load(x_ptr + channel, mask=inside, other=0.0)
     if GEGLU:
@@ -144,28 +144,28 @@ def _by_row(
 ):  # fmt: skip
     """No rotation, or a Hadamard. A program has one row or two in registers: x is read once."""
     begin(PDL)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCKS * B)[None, :]
     channel, scale, shift = read_modulation(scale_ptr, shift_ptr, permutation_ptr, k, k < K, SCALE, SHIFT, PERMUTE)
+    x = gated(x_ptr + row[:, None] * x_stride, channel, (row < M)[:, None] & (k < K), K, GEGLU)
     transform_rows(
-        tl.program_id(0), x_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride, ROWS, BLOCKS,
-        B, HADAMARD, BUTTERFLY, GEGLU, NORM, SHIFT, FLOAT32, EPS, K, True,
+        row, x, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, M, ROWS, BLOCKS, B, HADAMARD, BUTTERFLY, NORM,
+        SHIFT, FLOAT32, EPS, K, ROW_SUM=True,
     )  # fmt: skip
 
 
 @triton.jit
 def transform_rows(
-    pid, x_ptr, channel, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride,
+    row, x, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, M,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, HADAMARD: tl.constexpr, BUTTERFLY: tl.constexpr,
-    GEGLU: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr, FLOAT32: tl.constexpr, EPS: tl.constexpr,
-    K: tl.constexpr, ROW_SUM: tl.constexpr,
+    NORM: tl.constexpr, SHIFT: tl.constexpr, FLOAT32: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr,
+    ROW_SUM: tl.constexpr,
 ):  # fmt: skip
-    """Rows pid * ROWS and on; `channel`, `scale` and `shift` as `read_modulation` gives them."""
+    """Norm, rotation and rounding of rows [ROWS], x [ROWS, BLOCKS * B]; scale and shift as of `read_modulation`."""
     WIDTH: tl.constexpr = BLOCKS * B
-    row = tl.cast(pid, tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, WIDTH)[None, :]
     known = (row < M)[:, None]
     inside = known & (k < K) if WIDTH > K else known
-    x = _gate(x_ptr + row[:, None] * x_stride, channel, inside, K, GEGLU)
     if NORM:
         square = x.to(tl.float32) * x.to(tl.float32)
         inverse_rms = tl.rsqrt(tl.sum(square, 1) / K + EPS)[:, None]
@@ -206,7 +206,7 @@ def _by_block(
     if NORM:
         square = tl.zeros((ROWS,), tl.float32)
         for start in range(0, K, B):
-            x = _gate(x_row, (start + lane)[None, :], known, K, GEGLU).to(tl.float32)
+            x = gated(x_row, (start + lane)[None, :], known, K, GEGLU).to(tl.float32)
             square += tl.sum(x * x, 1)
         inverse_rms = tl.rsqrt(square / K + EPS)[:, None]
     largest = tl.zeros((ROWS,), tl.int32)
@@ -216,7 +216,7 @@ def _by_block(
         start = step % K
         k = (start + lane)[None, :]
         channel, scale, shift = read_modulation(scale_ptr, shift_ptr, permutation_ptr, k, k < K, SCALE, SHIFT, PERMUTE)
-        x = _gate(x_row, channel, known, K, GEGLU)
+        x = gated(x_row, channel, known, K, GEGLU)
         if NORM:
             x = _modulate(x, inverse_rms, scale, shift)
         y = _rotate(x, tl.load(rotation_ptr + start * B + entry), FLOAT32)
