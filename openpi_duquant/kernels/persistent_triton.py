@@ -22,6 +22,7 @@ from openpi_duquant.kernels.matmul_triton import read_weights
 from openpi_duquant.kernels.matmul_triton import sums_of
 from openpi_duquant.kernels.reference import NORM_EPS
 from openpi_duquant.kernels.transform_triton import gated
+from openpi_duquant.kernels.transform_triton import modulate
 from openpi_duquant.kernels.transform_triton import read_modulation
 from openpi_duquant.kernels.transform_triton import transform_rows
 
@@ -64,7 +65,7 @@ def launch(
     scratch = (
         y.new_empty(tokens, max(mlp, heads * head, width), dtype=torch.int8), y.new_empty(tokens, 1, **fp32),
         y.new_empty(tokens, (heads + 2) * head), y.new_empty(*parts, head, **fp32), y.new_empty(*parts, 2, **fp32),
-        y.new_empty(tokens, 2 * mlp),
+        y.new_empty(tokens, 2 * mlp), y.new_empty(tokens, width),
     )  # fmt: skip
     zeros = y.new_zeros(tokens * width + 1, dtype=torch.int32)
     matrices = stack.qkv, stack.o, stack.gate_up, stack.down
@@ -133,26 +134,36 @@ def _prefetch(rows_ptr, first, rows, ROWS: tl.constexpr, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _modulation(
-    norm_ptr, permutation_ptr, layer, K: tl.constexpr, ADAPTIVE: tl.constexpr, PERMUTE: tl.constexpr,
-):  # fmt: skip
-    """What a norm does to K channels, in the order in which they are rotated."""
-    if PERMUTE:
-        permutation_ptr += layer * K
+def _source(permutation_ptr, layer, K: tl.constexpr, PERMUTE: tl.constexpr):
+    """Which channels come where, in a layer."""
     k = tl.arange(0, K)[None, :]
-    return read_modulation(norm_ptr, norm_ptr + K, permutation_ptr, k, k < K, True, ADAPTIVE, PERMUTE)
+    return tl.load(permutation_ptr + layer * K + k) if PERMUTE else k
+
+
+@triton.jit
+def _normed(
+    row, x, scale, shift, source, normed_ptr, W: tl.constexpr, PERMUTE: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """Norm and permutation of a row x [1, W]. It is permuted on its way through memory: so all else is read in order,
+    and not a line for every channel."""
+    inverse_rms = tl.rsqrt(tl.sum(x.to(tl.float32) * x.to(tl.float32), 1) / W + EPS)[:, None]
+    x = modulate(x, inverse_rms, scale, shift)
+    if PERMUTE:
+        tl.store(normed_ptr + row * W + tl.arange(0, W)[None, :], x)
+        tl.debug_barrier()
+        x = tl.load(normed_ptr + row * W + source)
+    return x
 
 
 @triton.jit
 def _transform(
-    row, x, scale, shift, codes_ptr, act_scale_ptr, tokens,
-    K: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, INTERPRETED: tl.constexpr, EPS: tl.constexpr,
+    row, x, codes_ptr, act_scale_ptr, tokens, K: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Norm, Hadamard and rounding of a row x [1, K]."""
+    """Hadamard and rounding of a row x [1, K]."""
     B: tl.constexpr = BLOCK if BLOCK > 0 else K
     transform_rows(
-        row + tl.arange(0, 1), x, scale, shift, codes_ptr, act_scale_ptr, act_scale_ptr, tokens, 1, K // B, B,
-        BLOCK > 0, not INTERPRETED, NORM, NORM, INTERPRETED, EPS, K, False,
+        row + tl.arange(0, 1), x, 0.0, 0.0, codes_ptr, act_scale_ptr, act_scale_ptr, tokens, 1, K // B, B, BLOCK > 0,
+        not INTERPRETED, False, False, INTERPRETED, 0.0, K, False,
     )  # fmt: skip
 
 
@@ -226,7 +237,7 @@ def _layers(
     y_ptr, all_sums_ptr, counter_ptr, qkv_ptr, qkv_scale_ptr, qkv_permutation_ptr, o_ptr, o_scale_ptr,
     o_permutation_ptr, up_ptr, up_scale_ptr, up_permutation_ptr, down_ptr, down_scale_ptr, down_permutation_ptr,
     norms_ptr, keys_ptr, values_ptr, visible_ptr, cos_ptr, sin_ptr, codes_ptr, act_scale_ptr, heads_ptr, sums_ptr,
-    parts_ptr, hidden_ptr, tokens, length, batches, prefix, blocks, first, last,
+    parts_ptr, hidden_ptr, normed_ptr, tokens, length, batches, prefix, blocks, first, last,
     W: tl.constexpr, MLP: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, ADAPTIVE: tl.constexpr, VISIBLE: tl.constexpr,
     STATE_FIRST: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -241,6 +252,7 @@ def _layers(
     HEAD: tl.constexpr = (HEADS + 2) * D
     NORM: tl.constexpr = 3 * W if ADAPTIVE else W
     program, programs = tl.program_id(0), tl.num_programs(0)
+    channel = tl.arange(0, W)[None, :]
     for layer in range(first, last):
         done = (layer - first) * 9
         norm = norms_ptr + layer * (2 * NORM)
@@ -249,7 +261,8 @@ def _layers(
         up = up_ptr + layer * (2 * MLP * (W // 2))
         down = down_ptr + layer * (W * (MLP // 2))
         if ALL or OPERATION == 0:
-            channel, scale, shift = _modulation(norm, qkv_permutation_ptr, layer, W, ADAPTIVE, QKV_PERMUTE)
+            source = _source(qkv_permutation_ptr, layer, W, QKV_PERMUTE)
+            scale, shift = read_modulation(norm, norm + W, channel, channel < W, True, ADAPTIVE)
             factor, gate = _factors(down_scale_ptr, norm - W, layer - 1, channel, layer > 0, W, ADAPTIVE)
             if ALL:
                 _prefetch(
@@ -269,9 +282,8 @@ def _layers(
                 _wait(counter_ptr, done * programs)
             for row in range(program, tokens, programs):
                 x = _added(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, layer > 0, W)
-                _transform(
-                    row, x, scale, shift, codes_ptr, act_scale_ptr, tokens, W, QKV_BLOCK, True, INTERPRETED, EPS
-                )  # fmt: skip
+                x = _normed(row, x, scale, shift, source, normed_ptr, W, QKV_PERMUTE, EPS)
+                _transform(row, x, codes_ptr, act_scale_ptr, tokens, W, QKV_BLOCK, INTERPRETED)
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 1:
@@ -316,15 +328,15 @@ def _layers(
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 5:
-            channel, scale, shift = _modulation(norm + NORM, up_permutation_ptr, layer, W, ADAPTIVE, UP_PERMUTE)
+            source = _source(up_permutation_ptr, layer, W, UP_PERMUTE)
+            scale, shift = read_modulation(norm + NORM, norm + NORM + W, channel, channel < W, True, ADAPTIVE)
             factor, gate = _factors(o_scale_ptr, norm + 2 * W, layer, channel, True, W, ADAPTIVE)
             if ALL:
                 _wait(counter_ptr, (done + 5) * programs)
             for row in range(program, tokens, programs):
                 x = _added(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, True, W)
-                _transform(
-                    row, x, scale, shift, codes_ptr, act_scale_ptr, tokens, W, UP_BLOCK, True, INTERPRETED, EPS
-                )  # fmt: skip
+                x = _normed(row, x, scale, shift, source, normed_ptr, W, UP_PERMUTE, EPS)
+                _transform(row, x, codes_ptr, act_scale_ptr, tokens, W, UP_BLOCK, INTERPRETED)
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 6:
@@ -338,15 +350,12 @@ def _layers(
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 7:
-            k = tl.arange(0, MLP)[None, :]
-            channel = tl.load(down_permutation_ptr + layer * MLP + k) if DOWN_PERMUTE else k
+            source = _source(down_permutation_ptr, layer, MLP, DOWN_PERMUTE)
             if ALL:
                 _wait(counter_ptr, (done + 7) * programs)
             for row in range(program, tokens, programs):
-                x = gated(hidden_ptr + row * (2 * MLP), channel, channel >= 0, MLP, True)
-                _transform(
-                    row, x, 0.0, 0.0, codes_ptr, act_scale_ptr, tokens, MLP, DOWN_BLOCK, False, INTERPRETED, EPS
-                )  # fmt: skip
+                x = gated(hidden_ptr + row * (2 * MLP), source, source >= 0, MLP, True)
+                _transform(row, x, codes_ptr, act_scale_ptr, tokens, MLP, DOWN_BLOCK, INTERPRETED)
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 8:
@@ -357,7 +366,6 @@ def _layers(
             if ALL:
                 _arrive(counter_ptr)
     if ALL or OPERATION == 9:
-        channel = tl.arange(0, W)[None, :]
         gate_ptr = norms_ptr + last * (2 * NORM) - W
         factor, gate = _factors(down_scale_ptr, gate_ptr, last - 1, channel, True, W, ADAPTIVE)
         if ALL:

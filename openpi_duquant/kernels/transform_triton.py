@@ -66,18 +66,15 @@ def gated(x_ptr, channel, inside, K: tl.constexpr, GEGLU: tl.constexpr):
 
 
 @triton.jit
-def read_modulation(
-    scale_ptr, shift_ptr, permutation_ptr, k, inside, SCALE: tl.constexpr, SHIFT: tl.constexpr, PERMUTE: tl.constexpr,
-):  # fmt: skip
-    """Which channels come to places k, and their scale and shift, fp32; zeros where there are none."""
-    channel = tl.load(permutation_ptr + k, mask=inside, other=0) if PERMUTE else k
+def read_modulation(scale_ptr, shift_ptr, channel, inside, SCALE: tl.constexpr, SHIFT: tl.constexpr):
+    """Scale and shift of channels, fp32; zeros where there are none."""
     scale = tl.load(scale_ptr + channel, mask=inside, other=0.0).to(tl.float32) if SCALE else 0.0
     shift = tl.load(shift_ptr + channel, mask=inside, other=0.0).to(tl.float32) if SHIFT else 0.0
-    return channel, scale, shift
+    return scale, shift
 
 
 @triton.jit
-def _modulate(x, inverse_rms, scale, shift):
+def modulate(x, inverse_rms, scale, shift):
     """x * inverse_rms * (1 + scale) + shift, rounded to the type of x."""
     return (x.to(tl.float32) * inverse_rms * (1.0 + scale) + shift).to(x.dtype)
 
@@ -146,7 +143,8 @@ def _by_row(
     begin(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCKS * B)[None, :]
-    channel, scale, shift = read_modulation(scale_ptr, shift_ptr, permutation_ptr, k, k < K, SCALE, SHIFT, PERMUTE)
+    channel = tl.load(permutation_ptr + k, mask=k < K, other=0) if PERMUTE else k
+    scale, shift = read_modulation(scale_ptr, shift_ptr, channel, k < K, SCALE, SHIFT)
     x = gated(x_ptr + row[:, None] * x_stride, channel, (row < M)[:, None] & (k < K), K, GEGLU)
     transform_rows(
         row, x, scale, shift, codes_ptr, act_scale_ptr, row_sum_ptr, M, ROWS, BLOCKS, B, HADAMARD, BUTTERFLY, NORM,
@@ -169,7 +167,7 @@ def transform_rows(
     if NORM:
         square = x.to(tl.float32) * x.to(tl.float32)
         inverse_rms = tl.rsqrt(tl.sum(square, 1) / K + EPS)[:, None]
-        x = _modulate(x, inverse_rms, scale, shift)
+        x = modulate(x, inverse_rms, scale, shift)
         if SHIFT and WIDTH > K:
             x = tl.where(inside, x, 0.0).to(x.dtype)
     gain: tl.constexpr = B**-0.5 if HADAMARD else 1.0
@@ -215,10 +213,11 @@ def _by_block(
     for step in range(0, 2 * K, B):
         start = step % K
         k = (start + lane)[None, :]
-        channel, scale, shift = read_modulation(scale_ptr, shift_ptr, permutation_ptr, k, k < K, SCALE, SHIFT, PERMUTE)
+        channel = tl.load(permutation_ptr + k) if PERMUTE else k
+        scale, shift = read_modulation(scale_ptr, shift_ptr, channel, channel >= 0, SCALE, SHIFT)
         x = gated(x_row, channel, known, K, GEGLU)
         if NORM:
-            x = _modulate(x, inverse_rms, scale, shift)
+            x = modulate(x, inverse_rms, scale, shift)
         y = _rotate(x, tl.load(rotation_ptr + start * B + entry), FLOAT32)
         if step < K:
             largest = tl.maximum(largest, _largest(y))
