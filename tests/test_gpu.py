@@ -19,6 +19,8 @@ from openpi_duquant.engine import load_policy
 from openpi_duquant.kernels import Problem
 from openpi_duquant.kernels import reference
 from openpi_duquant.linear import quantize_
+from openpi_duquant.recording import Example
+from openpi_duquant.recording import Recording
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,6 +119,25 @@ def test_conversion_on_a_gpu_is_as_good(tmp_path: pathlib.Path, rotation: str) -
         convert(tmp_path / "original", tmp_path / device, config, device=device)
         actions = load_policy(tmp_path / device, dtype=torch.float32).sample_actions(observation, noise)
         errors.append(relative_error(actions - noise, expected - noise))
+    assert errors[1] < 0.1
+    assert errors[1] < 2 * errors[0]
+
+
+@pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])
+def test_calibration_on_a_gpu_is_as_good(tmp_path: pathlib.Path, *, pi05: bool) -> None:
+    architecture = dataclasses.replace(TINY, pi05=pi05)
+    synthetic.make_checkpoint(tmp_path / "original", architecture)
+    config = DuQuantConfig(rotation_block=16, weight_bits=8, weight_rounding="gptq")
+    made = [synthetic.libero_like_observation(architecture, seed=seed, prompt_tokens=6) for seed in range(6)]
+    examples = [Example(*pair) for pair in made]  # of one shape: they run together
+    original = load_policy(tmp_path / "original", dtype=torch.float32)
+    expected = original.sample_actions(*made[0])
+    errors = []
+    for device in ("cpu", "cuda"):
+        recording = Recording(examples, {"num_steps": 10})
+        convert(tmp_path / "original", tmp_path / device, config, device=device, calibration=recording)
+        actions = load_policy(tmp_path / device, dtype=torch.float32).sample_actions(*made[0])
+        errors.append(relative_error(actions - made[0][1], expected - made[0][1]))
     assert errors[1] < 0.1
     assert errors[1] < 2 * errors[0]
 
