@@ -148,7 +148,7 @@ def test_calibration_on_a_gpu_is_as_good(tmp_path: pathlib.Path, *, pi05: bool) 
             calibrator.quantize(index, weights)
         leaving += [each.expert.cpu() for each in calibrator._stream._states]
     assert means[1] == pytest.approx(means[0], rel=0.1)  # in bf16 there, in fp32 here
-    assert relative_error(leaving[1], leaving[0]) < 1e-4
+    assert relative_error(leaving[1], leaving[0]) < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "svd"])
