@@ -140,8 +140,8 @@ class Stream:
                 yield Call(x, first, rotation, cached, modulations, state_first=not pi05)
 
     def _rotation(self, first: int, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(first, first + x.shape[1], device=x.device)
-        return rotary(positions[None], head_dim, self._dtype)
+        positions = torch.arange(first, first + x.shape[1], device=x.device).expand(len(x), -1)
+        return rotary(positions, head_dim, self._dtype)
 
     @torch.no_grad()
     def run(self, model: str, index: int, layer: nn.Module) -> None:

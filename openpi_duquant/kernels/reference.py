@@ -69,7 +69,8 @@ class Epilogue(NamedTuple):
     """What is made of a layer's output y: residual + gate * rotary(y), without what is None.
 
     Attributes:
-        rotary: Cosines and sines [..., D] that turn all heads of D channels but the last, see `rotary.rotary`.
+        rotary: Cosines and sines [..., D] of every token, which turn all heads of D channels but the last, see
+            `rotary.rotary`.
         residual: [..., N].
         gate: [N].
     """
@@ -78,20 +79,24 @@ class Epilogue(NamedTuple):
     residual: Tensor | None = None
     gate: Tensor | None = None
 
-    def by_token(self) -> "Epilogue":
-        """The same for an output [M, N]."""
-        rotary = self.rotary and (_by_token(self.rotary[0]), _by_token(self.rotary[1]))
-        return Epilogue(rotary, None if self.residual is None else _by_token(self.residual), self.gate)
+    def by_token(self, tokens: int) -> "Epilogue":
+        """The same for an output [tokens, N].
+
+        Raises:
+            RuntimeError: If what it holds is of another number of tokens.
+        """
+
+        def flat(x: Tensor) -> Tensor:
+            return x.reshape(tokens, x.shape[-1]).contiguous()
+
+        rotary = self.rotary and (flat(self.rotary[0]), flat(self.rotary[1]))
+        return Epilogue(rotary, None if self.residual is None else flat(self.residual), self.gate)
 
     def apply(self, y: Tensor) -> Tensor:
         """y [..., N] -> [..., N], the same dtype."""
         y = y if self.rotary is None else rotary(y, *self.rotary)
         y = y if self.gate is None else y * self.gate.to(y.dtype)
         return y if self.residual is None else self.residual + y
-
-
-def _by_token(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 NO_EPILOGUE = Epilogue()

@@ -9,13 +9,17 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         qkv: [..., (H + 2) D]: H query heads, one key head, one value head.
-        cos: [..., D], the same in both halves.
-        sin: [..., D], the same in both halves.
+        cos: [..., D], of every token, the same in both halves.
+        sin: [..., D], of every token, the same in both halves.
 
     Returns:
         [..., (H + 2) D], the value head as it was.
+
+    Raises:
+        RuntimeError: If there are not as many cosines and sines as tokens.
     """
     size = cos.shape[-1]
+    cos, sin = (part.reshape(*qkv.shape[:-1], size) for part in (cos, sin))
     if on_gpu(qkv, size):
         return torch.ops.openpi_duquant.rotary(qkv, cos, sin)
     turning, value = qkv[..., :-size].unflatten(-1, (-1, size)), qkv[..., -size:]

@@ -85,7 +85,7 @@ def matmul(
     """
     del row_sum
     rotation = transforms.as_operands(output_rotation)
-    epilogue = epilogue.by_token()
+    epilogue = epilogue.by_token(len(a))
     fits = epilogue.rotary is None or (output_rotation is None and is_power(epilogue.rotary[0].shape[-1]))
     turned, *added = epilogue if fits else NO_EPILOGUE
     after = *(turned or (None, None)), *added, dtype

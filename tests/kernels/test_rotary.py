@@ -103,6 +103,14 @@ def test_an_epilogue_turns_gates_and_adds_in_this_order() -> None:
     expected = residual + gate * rotated_by_hand(y, *turned)
     actual = Epilogue(turned, residual, gate).apply(y)
     assert (actual.double() - expected).abs().max() < TOLERANCE * expected.abs().max()
-    by_token = Epilogue(turned, residual, gate).by_token()
+    by_token = Epilogue(turned, residual, gate).by_token(6)
     assert torch.equal(by_token.apply(y.flatten(0, 1)), actual.flatten(0, 1))
     assert reference.NO_EPILOGUE.apply(y) is y
+
+
+def test_angles_of_some_tokens_alone_are_refused() -> None:
+    qkv, turned = random(2, 3, 48), angles(1, 3, 16)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        rotary(qkv, *turned)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        Epilogue(turned).by_token(6)
