@@ -1,6 +1,6 @@
 """What follows a matmul, in one launch: accumulators -> scales -> output restore -> bias -> output type.
 
-Defined by `reference.accumulate` and `reference.epilogue`. Only where a fp32 output is rotated, which takes more exact
+Defined by `reference.accumulate` and `reference.restore_output`. Only where a fp32 output is rotated, which takes more exact
 products than the tensor cores have, the rotation is the reference's.
 """
 
@@ -39,7 +39,7 @@ def epilogue(
     """
     if dtype == torch.float32 and output_rotation is not None:
         scaled = epilogue(accumulators, act_scale, weight_scale, None, None, dtype, row_sum)
-        return reference.epilogue(scaled, bias, output_rotation, dtype)
+        return reference.restore_output(scaled, bias, output_rotation, dtype)
     rotation = transforms.as_operands(output_rotation)
     return torch.ops.openpi_duquant.epilogue(accumulators, act_scale, weight_scale, row_sum, bias, *rotation, dtype)
 

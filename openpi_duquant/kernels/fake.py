@@ -26,7 +26,7 @@ def matmul(
         x = a.float() if act_scale is None else a.float() * act_scale
         with transforms.full_precision(x):
             y = x @ quant.dequantize_weight(packing.unpack(weight), weight_scale).T
-    return reference.epilogue(y, bias, output_rotation, dtype)
+    return reference.restore_output(y, bias, output_rotation, dtype)
 
 
 BACKEND = Backend(matmul)

@@ -147,7 +147,7 @@ def accumulate(codes: Tensor, weight: Tensor, weight_scale: Tensor, bits: int = 
     return (integer_matmul(*by_group, bits) * weight_scale.T.unsqueeze(1)).sum(0)
 
 
-def epilogue(y: Tensor, bias: Tensor | None, output_rotation: transforms.Rotation, dtype: torch.dtype) -> Tensor:
+def restore_output(y: Tensor, bias: Tensor | None, output_rotation: transforms.Rotation, dtype: torch.dtype) -> Tensor:
     """Restores rotated output rows, adds the bias, rounds to the output type; y [M, N] fp32."""
     with span("output_restore", y):
         y = transforms.rotate(y, output_rotation)
@@ -163,8 +163,10 @@ def matmul(
     output_rotation: transforms.Rotation,
     dtype: torch.dtype,
     row_sum: Tensor | None = None,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
-    """As `backend.Matmul`, by its definition; the weight is the canonical one, the sums are not used."""
+    """As `backend.Matmul`, by its definition, then the epilogue, rounded once; the weight is the canonical one, the
+    sums are not used."""
     with span("matmul", a):
         codes = packing.unpack(weight)
         if act_scale is None:
@@ -172,7 +174,8 @@ def matmul(
                 y = a.float() @ quant.dequantize_weight(codes, weight_scale).T
         else:
             y = accumulate(a, codes, weight_scale, 4 if weight.dtype == torch.uint8 else 8) * act_scale
-    return epilogue(y, bias, output_rotation, dtype)
+    y = restore_output(y, bias, output_rotation, torch.float32)
+    return epilogue.by_token(len(y)).apply(y).to(dtype)
 
 
-BACKEND = Backend(matmul)
+BACKEND = Backend(matmul, fuses_epilogue=True)

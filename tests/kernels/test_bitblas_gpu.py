@@ -123,7 +123,7 @@ def test_the_epilogue_errs_at_most_twice_as_much_as_the_reference(
     shift = torch.randn(n, device=GPU).to(dtype) if bias else None
     y = epilogue(sums, act_scale, weight_scale, shift, rotation, dtype, row_sum)
     whole = sums - 8 * row_sum
-    usual = reference.epilogue(whole * weight_scale.T * act_scale, shift, rotation, dtype)
+    usual = reference.restore_output(whole * weight_scale.T * act_scale, shift, rotation, dtype)
     exact = transforms.rotate(whole.double() * weight_scale.double().T * act_scale.double(), rotation)
     exact = exact if shift is None else exact + shift.double()
     assert y.dtype == dtype
