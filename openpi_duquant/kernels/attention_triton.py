@@ -183,7 +183,7 @@ def _combine_quantized(
     begin(PDL)
     combine_token(
         tl.program_id(0), codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, padded_rows, length, SPLITS,
-        HEADS, PADDED, D, DTYPE, True,
+        HEADS, PADDED, D, DTYPE, ROW_SUM=True,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What follows a matmul, in one launch: accumulators -> scales -> output restore -> bias -> output type.
 
-Defined by `reference.accumulate` and `reference.restore_output`. Only where a fp32 output is rotated, which takes more exact
-products than the tensor cores have, the rotation is the reference's.
+Defined by `reference.accumulate` and `reference.restore_output`. Only where a fp32 output is rotated, which takes more
+exact products than the tensor cores have, the rotation is the reference's.
 """
 
 import torch

@@ -53,12 +53,13 @@ def launch(
     (batch, length, width), (depth, _, prefix, head) = y.shape, keys.shape
     tokens, heads = batch * length, stack.qkv.weight.shape[1] // head - 2
     mlp = stack.gate_up.weight.shape[1] // 2
+    exact = interpreted or y.dtype == torch.float32
     if interpreted:
         programs, shape = 3, Shape(16, 16, 2, 4)
     else:
         about = torch.cuda.get_device_properties(y.device)
         memory, programs = about.shared_memory_per_block_optin, about.multi_processor_count
-        shape = shape_for(length * heads, prefix, exact=False, shared_memory=memory)
+        shape = shape_for(length * heads, prefix, exact=exact, shared_memory=memory)
     blocks = triton.cdiv(length * heads, shape.rows)
     parts = batch, shape.splits, blocks * shape.rows
     fp32 = {"dtype": torch.float32}
@@ -78,7 +79,7 @@ def launch(
         "W": width, "MLP": mlp, "HEADS": heads, "PADDED": triton.next_power_of_2(heads), "D": head,
         "BM": max(16, triton.next_power_of_2(tokens)), "ROWS": shape.rows, "KEYS": shape.keys, "SPLITS": shape.splits,
         "ADAPTIVE": norms.shape[-1] == 3 * width, "VISIBLE": visible is not None, "STATE_FIRST": state_first,
-        "EPS": NORM_EPS, "SCALE": head**-0.5 * math.log2(math.e), "INTERPRETED": interpreted,
+        "EPS": NORM_EPS, "SCALE": head**-0.5 * math.log2(math.e), "EXACT": exact, "INTERPRETED": interpreted,
         "QKV_COLUMNS": min(_columns(stack.qkv, programs), head), "UP_COLUMNS": _columns(stack.gate_up, programs),
         "COLUMNS": columns, "O_PARTS": _parts(stack.o, columns, programs),
         "DOWN_PARTS": _parts(stack.down, columns, programs), "num_warps": 8, "num_stages": 2,
@@ -125,12 +126,17 @@ def _wait(counter_ptr, arrivals):
 def _prefetch(rows_ptr, first, rows, ROWS: tl.constexpr, BYTES: tl.constexpr):
     """Asks for rows first, ..., first + ROWS - 1, of so many bytes, into L2, where memory is coherent: a hint."""
     row = (first + tl.arange(0, ROWS))[:, None]
-    line = tl.arange(0, BYTES // 128)[None, :] * 128
+    line = tl.arange(0, (BYTES + 127) // 128)[None, :] * 128
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
         [rows_ptr + row * BYTES + line, ((row < rows) & (line >= 0)).to(tl.int32)], dtype=tl.int32, is_pure=False,
         pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def _bytes(ptr):
+    return ptr.to(tl.pointer_type(tl.uint8))
 
 
 @triton.jit
@@ -157,13 +163,13 @@ def _normed(
 
 @triton.jit
 def _transform(
-    row, x, codes_ptr, act_scale_ptr, tokens, K: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+    row, x, codes_ptr, act_scale_ptr, tokens, K: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Hadamard and rounding of a row x [1, K]."""
     B: tl.constexpr = BLOCK if BLOCK > 0 else K
     transform_rows(
-        row + tl.arange(0, 1), x, 0.0, 0.0, codes_ptr, act_scale_ptr, act_scale_ptr, tokens, 1, K // B, B, BLOCK > 0,
-        not INTERPRETED, False, False, INTERPRETED, 0.0, K, False,
+        row + tl.arange(0, 1), x, 0.0, 0.0, codes_ptr, act_scale_ptr, act_scale_ptr, tokens, 1, K // B, B,
+        HADAMARD=BLOCK > 0, BUTTERFLY=not EXACT, NORM=False, SHIFT=False, FLOAT32=EXACT, EPS=0.0, K=K, ROW_SUM=False,
     )  # fmt: skip
 
 
@@ -211,7 +217,8 @@ def _multiply(
         finish(
             sums_of(w, codes_ptr, m, tokens, 0, K // 2, K // 2, INTERPRETED), m, columns_of(tile * BN, BN, HEAD),
             tile * BN, tokens, N, act_scale_ptr, scale_ptr, scale_ptr, scale_ptr, cos_ptr, sin_ptr, out_ptr, scale_ptr,
-            out_ptr, BM, BN, False, False, 0, 1.0, HEAD, False, False, INTERPRETED,
+            out_ptr, BM, BN, BIAS=False, HADAMARD=False, BLOCK=0, GAIN=1.0, HEAD=HEAD, RESIDUAL=False, GATE=False,
+            EXACT=INTERPRETED,
         )  # fmt: skip
         w = _weights(weight_ptr, tile + programs, N, K, BN, 1, HEAD)
 
@@ -240,8 +247,8 @@ def _layers(
     parts_ptr, hidden_ptr, normed_ptr, tokens, length, batches, prefix, blocks, first, last,
     W: tl.constexpr, MLP: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, ADAPTIVE: tl.constexpr, VISIBLE: tl.constexpr,
-    STATE_FIRST: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, INTERPRETED: tl.constexpr,
-    QKV_COLUMNS: tl.constexpr, QKV_PERMUTE: tl.constexpr, QKV_BLOCK: tl.constexpr,
+    STATE_FIRST: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
+    INTERPRETED: tl.constexpr, QKV_COLUMNS: tl.constexpr, QKV_PERMUTE: tl.constexpr, QKV_BLOCK: tl.constexpr,
     UP_COLUMNS: tl.constexpr, UP_PERMUTE: tl.constexpr, UP_BLOCK: tl.constexpr,
     DOWN_PERMUTE: tl.constexpr, DOWN_BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr, O_PARTS: tl.constexpr, DOWN_PARTS: tl.constexpr, OPERATION: tl.constexpr,
@@ -251,6 +258,7 @@ def _layers(
     ALL: tl.constexpr = OPERATION < 0
     HEAD: tl.constexpr = (HEADS + 2) * D
     NORM: tl.constexpr = 3 * W if ADAPTIVE else W
+    BYTES: tl.constexpr = D * keys_ptr.dtype.element_ty.primitive_bitwidth // 8
     program, programs = tl.program_id(0), tl.num_programs(0)
     channel = tl.arange(0, W)[None, :]
     for layer in range(first, last):
@@ -260,30 +268,24 @@ def _layers(
         o = o_ptr + layer * (W * (HEADS * D // 2))
         up = up_ptr + layer * (2 * MLP * (W // 2))
         down = down_ptr + layer * (W * (MLP // 2))
+        cached = layer * batches * prefix * D
         if ALL or OPERATION == 0:
             source = _source(qkv_permutation_ptr, layer, W, QKV_PERMUTE)
-            scale, shift = read_modulation(norm, norm + W, channel, channel < W, True, ADAPTIVE)
+            scale, shift = read_modulation(norm, norm + W, channel, channel < W, SCALE=True, SHIFT=ADAPTIVE)
             factor, gate = _factors(down_scale_ptr, norm - W, layer - 1, channel, layer > 0, W, ADAPTIVE)
             if ALL:
-                _prefetch(
-                    qkv_ptr + (layer + 1) % last * (HEAD * (W // 2)), program * QKV_COLUMNS, HEAD, QKV_COLUMNS, W // 2
-                )
+                after = qkv_ptr + (layer + 1) % last * (HEAD * (W // 2))
+                _prefetch(after, program * QKV_COLUMNS, HEAD, QKV_COLUMNS, W // 2)
                 _prefetch(o, program * 16, W, 16, HEADS * D // 2)
                 _prefetch(up, program * UP_COLUMNS, 2 * MLP, UP_COLUMNS, W // 2)
                 _prefetch(down, program * 16, W, 16, MLP // 2)
-                rows = batches * prefix
-                BYTES: tl.constexpr = D * keys_ptr.dtype.element_ty.primitive_bitwidth // 8
-                _prefetch(
-                    (keys_ptr + layer * rows * D).to(tl.pointer_type(tl.uint8)), program * KEYS, rows, KEYS, BYTES
-                )
-                _prefetch(
-                    (values_ptr + layer * rows * D).to(tl.pointer_type(tl.uint8)), program * KEYS, rows, KEYS, BYTES
-                )
+                _prefetch(_bytes(keys_ptr + cached), program * KEYS, batches * prefix, KEYS, BYTES)
+                _prefetch(_bytes(values_ptr + cached), program * KEYS, batches * prefix, KEYS, BYTES)
                 _wait(counter_ptr, done * programs)
             for row in range(program, tokens, programs):
                 x = _added(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, layer > 0, W)
                 x = _normed(row, x, scale, shift, source, normed_ptr, W, QKV_PERMUTE, EPS)
-                _transform(row, x, codes_ptr, act_scale_ptr, tokens, W, QKV_BLOCK, INTERPRETED)
+                _transform(row, x, codes_ptr, act_scale_ptr, tokens, W, QKV_BLOCK, EXACT)
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 1:
@@ -298,15 +300,15 @@ def _layers(
                 _arrive(counter_ptr)
         if ALL or OPERATION == 2:
             own = heads_ptr + HEADS * D
-            cached = layer * batches * prefix * D
             if ALL:
                 _wait(counter_ptr, (done + 2) * programs)
             for unit in range(program, blocks * SPLITS * batches, programs):
+                block, split, element = unit % blocks, unit // blocks % SPLITS, unit // (blocks * SPLITS)
                 attend_part(
-                    unit % blocks, unit // blocks % SPLITS, unit // (blocks * SPLITS), blocks * ROWS, sums_ptr, sums_ptr,
-                    parts_ptr, heads_ptr, keys_ptr + cached, values_ptr + cached, visible_ptr, own, own + D, length,
-                    prefix, length, length * HEAD, HEAD, prefix * D, D, prefix * D, D, length * HEAD, HEAD,
-                    length * HEAD, HEAD, SCALE, HEADS, D, ROWS, KEYS, SPLITS, VISIBLE, True, STATE_FIRST, INTERPRETED, 1,
+                    block, split, element, blocks * ROWS, sums_ptr, sums_ptr, parts_ptr, heads_ptr, keys_ptr + cached,
+                    values_ptr + cached, visible_ptr, own, own + D, length, prefix, length, length * HEAD, HEAD,
+                    prefix * D, D, prefix * D, D, length * HEAD, HEAD, length * HEAD, HEAD, SCALE, HEADS, D, ROWS, KEYS,
+                    SPLITS, VISIBLE, OWN=True, STATE_FIRST=STATE_FIRST, EXACT=EXACT, STAGES=1,
                 )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
@@ -316,7 +318,7 @@ def _layers(
             for token in range(program, tokens, programs):
                 combine_token(
                     token, codes_ptr, act_scale_ptr, act_scale_ptr, sums_ptr, parts_ptr, blocks * ROWS, length, SPLITS,
-                    HEADS, PADDED, D, y_ptr.dtype.element_ty, False,
+                    HEADS, PADDED, D, y_ptr.dtype.element_ty, ROW_SUM=False,
                 )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
@@ -329,14 +331,16 @@ def _layers(
                 _arrive(counter_ptr)
         if ALL or OPERATION == 5:
             source = _source(up_permutation_ptr, layer, W, UP_PERMUTE)
-            scale, shift = read_modulation(norm + NORM, norm + NORM + W, channel, channel < W, True, ADAPTIVE)
-            factor, gate = _factors(o_scale_ptr, norm + 2 * W, layer, channel, True, W, ADAPTIVE)
+            scale, shift = read_modulation(
+                norm + NORM, norm + NORM + W, channel, channel < W, SCALE=True, SHIFT=ADAPTIVE
+            )
+            factor, gate = _factors(o_scale_ptr, norm + 2 * W, layer, channel, pending=True, W=W, GATE=ADAPTIVE)
             if ALL:
                 _wait(counter_ptr, (done + 5) * programs)
             for row in range(program, tokens, programs):
-                x = _added(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, True, W)
+                x = _added(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, pending=True, W=W)
                 x = _normed(row, x, scale, shift, source, normed_ptr, W, UP_PERMUTE, EPS)
-                _transform(row, x, codes_ptr, act_scale_ptr, tokens, W, UP_BLOCK, INTERPRETED)
+                _transform(row, x, codes_ptr, act_scale_ptr, tokens, W, UP_BLOCK, EXACT)
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 6:
@@ -354,8 +358,8 @@ def _layers(
             if ALL:
                 _wait(counter_ptr, (done + 7) * programs)
             for row in range(program, tokens, programs):
-                x = gated(hidden_ptr + row * (2 * MLP), source, source >= 0, MLP, True)
-                _transform(row, x, codes_ptr, act_scale_ptr, tokens, MLP, DOWN_BLOCK, INTERPRETED)
+                x = gated(hidden_ptr + row * (2 * MLP), source, source >= 0, MLP, GEGLU=True)
+                _transform(row, x, codes_ptr, act_scale_ptr, tokens, MLP, DOWN_BLOCK, EXACT)
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 8:
@@ -367,8 +371,8 @@ def _layers(
                 _arrive(counter_ptr)
     if ALL or OPERATION == 9:
         gate_ptr = norms_ptr + last * (2 * NORM) - W
-        factor, gate = _factors(down_scale_ptr, gate_ptr, last - 1, channel, True, W, ADAPTIVE)
+        factor, gate = _factors(down_scale_ptr, gate_ptr, last - 1, channel, pending=True, W=W, GATE=ADAPTIVE)
         if ALL:
             _wait(counter_ptr, (last - first) * 9 * programs)
         for row in range(program, tokens, programs):
-            _added(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, True, W)
+            _added(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, pending=True, W=W)
