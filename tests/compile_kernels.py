@@ -1,4 +1,4 @@
-"""python compile_kernels.py: PTX of every Triton kernel that may be launched dependently, as JSON; needs no GPU.
+"""python compile_kernels.py: PTX of every Triton kernel, as JSON; needs no GPU.
 
 A process of its own: the interpreter, which tests run in without a GPU, and the compiler exclude each other.
 """
@@ -13,14 +13,21 @@ from triton.compiler import ASTSource
 import triton.language as tl
 
 from openpi_duquant.kernels import attention_triton
+from openpi_duquant.kernels import epilogue_triton
 from openpi_duquant.kernels import layer_norm_triton
 from openpi_duquant.kernels import matmul_triton
+from openpi_duquant.kernels import persistent_triton
 from openpi_duquant.kernels import rotary_triton
 from openpi_duquant.kernels import transform_triton
 
 TYPES = {
     "a_ptr": "*i8", "weight_ptr": "*u8", "codes_ptr": "*i8", "row_sum_ptr": "*i32", "permutation_ptr": "*i64",
     "visible_ptr": "*i1", "act_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32", "scale_ptr": "*fp32",
+    "qkv_ptr": "*u8", "o_ptr": "*u8", "up_ptr": "*u8", "down_ptr": "*u8", "qkv_scale_ptr": "*fp32",
+    "o_scale_ptr": "*fp32", "up_scale_ptr": "*fp32", "down_scale_ptr": "*fp32", "qkv_permutation_ptr": "*i64",
+    "up_permutation_ptr": "*i64", "norms_ptr": "*fp32", "all_sums_ptr": "*i32", "counter_ptr": "*i32",
+    "accumulators": "*i32", "act_scale": "*fp32", "weight_scale": "*fp32", "row_sum": "*i32", "bias": "*bf16",
+    "matrices": "*bf16", "out": "*bf16",
     "shift_ptr": "*fp32", "gate_ptr": "*fp32", "sums_ptr": "*fp32", "parts_ptr": "*fp32", "scale": "fp32",
 }  # fmt: skip
 """Of parameters; other pointers are to bf16, other numbers i32."""
@@ -40,9 +47,9 @@ KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
         _TRANSFORM | {"ROWS": 1, "BLOCKS": 16, "B": 64, "HADAMARD": True, "BUTTERFLY": True},
     ),
     "block": (transform_triton._by_block, _TRANSFORM | {"ROWS": 16, "B": 16}),
-    "matmul, few": (matmul_triton._matmul, _MATMUL | {"BM": 16, "LINES": 4}),
-    "matmul, many": (matmul_triton._matmul, _MATMUL | {"BM": 128, "LINES": 0}),
-    "matmul, rotary": (matmul_triton._matmul, _MATMUL | _ROTARY | {"BM": 16, "LINES": 4}),
+    "matmul, few": (matmul_triton._matmul, _MATMUL | {"BM": 16}),
+    "matmul, many": (matmul_triton._matmul, _MATMUL | {"BM": 128}),
+    "matmul, rotary": (matmul_triton._matmul, _MATMUL | _ROTARY | {"BM": 16}),
     "rotary": (rotary_triton._rotary, {"HEADS": 9, "PADDED": 16, "HALF": 128}),
     "layer norm": (layer_norm_triton._add_layer_norm, {"EPS": 1e-6, "WIDTH": 1152, "PADDED": 2048}),
     "attend": (
@@ -57,22 +64,38 @@ KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
         attention_triton._combine_quantized,
         {"SPLITS": 16, "HEADS": 8, "PADDED": 8, "D": 256, "DTYPE": tl.bfloat16},
     ),
+    "epilogue": (
+        epilogue_triton._epilogue,
+        {
+            "HAS_SUM": True, "HAS_BIAS": True, "HADAMARD": False, "BLOCK": 16, "NORM": 1.0, "PART": tl.bfloat16,
+            "ROWS": 16, "COLUMNS": 64,
+        },
+    ),
+    "layers": (
+        persistent_triton._layers,
+        {
+            "W": 1024, "MLP": 4096, "HEADS": 8, "PADDED": 8, "D": 256, "BM": 16, "ROWS": 16, "KEYS": 32, "SPLITS": 18,
+            "SHARED": 17, "ADAPTIVE": True, "VISIBLE": True, "STATE_FIRST": False, "EPS": 1e-6, "SCALE": 0.1,
+            "EXACT": False, "INTERPRETED": False, "QKV_COLUMNS": 32, "QKV_PERMUTE": True, "QKV_BLOCK": 64,
+            "UP_COLUMNS": 64, "UP_PERMUTE": True, "UP_BLOCK": 64, "DOWN_PERMUTE": False, "DOWN_BLOCK": 64,
+            "COLUMNS": 64, "O_PARTS": 8, "DOWN_PARTS": 8, "OPERATION": -1, "o_permutation_ptr": None,
+            "down_permutation_ptr": None,
+        },
+    ),
 }  # fmt: skip
 
 
-def ptx(name: str, architecture: int, *, dependent: bool) -> str:
+def ptx(name: str, architecture: int) -> str:
     """The PTX of a kernel for an architecture such as 90."""
     kernel, constants = KERNELS[name]
-    constants = constants | {"PDL": dependent}
     known = [parameter for parameter in kernel.arg_names if parameter not in constants]
     types = {parameter: TYPES.get(parameter, "*bf16" if parameter.endswith("_ptr") else "i32") for parameter in known}
     signature = {parameter: types.get(parameter, "constexpr") for parameter in kernel.arg_names}
     places = {(kernel.arg_names.index(parameter),): value for parameter, value in constants.items()}
-    options = {"launch_pdl": True} if dependent else {}
     source = ASTSource(kernel, signature, places)
+    options = {"num_warps": 8} if name == "layers" else {}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["ptx"]
 
 
 if __name__ == "__main__":
-    compiled = {name: [ptx(name, 90, dependent=True), ptx(name, 90, dependent=False)] for name in KERNELS}
-    sys.stdout.write(json.dumps(compiled))
+    sys.stdout.write(json.dumps({name: [ptx(name, architecture) for architecture in (80, 90)] for name in KERNELS}))

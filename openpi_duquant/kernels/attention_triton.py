@@ -7,9 +7,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from openpi_duquant.kernels import pdl_triton
 from openpi_duquant.kernels import transform_triton
-from openpi_duquant.kernels.pdl_triton import begin
 from openpi_duquant.kernels.transform_triton import quantize_rows
 
 
@@ -66,7 +64,7 @@ def launch_attend(
     if partial is not None:
         _combine[(length * heads, batch)](
             out, *partial, partial.sums.shape[2], length * heads, SPLITS=shape.splits, D=size,
-            **pdl_triton.options(q), num_warps=2,
+            num_warps=2,
         )  # fmt: skip
 
 
@@ -92,7 +90,7 @@ def launch_attend_quantized(
     _combine_quantized[(tokens,)](
         *outputs, *partial, partial.sums.shape[2], length, SPLITS=shape.splits, HEADS=heads,
         PADDED=triton.next_power_of_2(heads), D=size, DTYPE=getattr(tl, str(q.dtype).removeprefix("torch.")),
-        **pdl_triton.options(q), num_warps=8,
+        num_warps=8,
     )  # fmt: skip
 
 
@@ -138,7 +136,7 @@ def _launch(
         v.stride(1), own[0].stride(0), own[0].stride(1), own[1].stride(0), own[1].stride(1),
         size**-0.5 * 1.4426950408889634,
         HEADS=heads, D=size, ROWS=shape.rows, KEYS=shape.keys, SPLITS=shape.splits, VISIBLE=visible is not None,
-        OWN=own_k is not None, STATE_FIRST=state_first, EXACT=exact, **pdl_triton.options(q),
+        OWN=own_k is not None, STATE_FIRST=state_first, EXACT=exact,
         num_warps=shape.warps, num_stages=2,
     )  # fmt: skip
 
@@ -164,10 +162,9 @@ def _combined(sums_ptr, parts_ptr, row, known, padded_rows, SPLITS: tl.constexpr
 
 @triton.jit
 def _combine(
-    out_ptr, sums_ptr, parts_ptr, padded_rows, rows, SPLITS: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr,
+    out_ptr, sums_ptr, parts_ptr, padded_rows, rows, SPLITS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One row from its partial sums."""
-    begin(PDL)
     row, batch = tl.program_id(0) + tl.arange(0, 1), tl.program_id(1).to(tl.int64)
     y = _combined(sums_ptr, parts_ptr, batch * SPLITS * padded_rows + row, row < rows, padded_rows, SPLITS, D)
     at = (batch * rows + row)[:, None] * D + tl.arange(0, D)[None, :]
@@ -177,10 +174,9 @@ def _combine(
 @triton.jit
 def _combine_quantized(
     codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, padded_rows, length, SPLITS: tl.constexpr,
-    HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A token a program."""
-    begin(PDL)
     combine_token(
         tl.program_id(0), codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, padded_rows, length, SPLITS,
         HEADS, PADDED, D, DTYPE, ROW_SUM=True,
@@ -209,11 +205,10 @@ def combine_token(
 def _attend_to(
     q, query, scale, k_ptr, v_ptr, visible_ptr, first, keys, k_stride, v_stride, best, total, sums,
     D: tl.constexpr, KEYS: tl.constexpr, VISIBLE: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys first to keys - 1 of one segment (Milakov & Gimelshein 2018, arXiv:1805.02867)."""
     lane = tl.arange(0, D)
-    for start in tl.range(first, keys, KEYS, num_stages=STAGES):
+    for start in range(first, keys, KEYS):
         key = start + tl.arange(0, KEYS)
         known = key < keys
         k = tl.load(k_ptr + key[:, None] * k_stride + lane[None, :], mask=known[:, None], other=0.0)
@@ -247,31 +242,13 @@ def _attend(
     out_ptr, sums_ptr, parts_ptr, q_ptr, k_ptr, v_ptr, visible_ptr, own_k_ptr, own_v_ptr, length, keys, own_keys,
     q_batch, q_token, k_batch, k_token, v_batch, v_token, own_k_batch, own_k_token, own_v_batch, own_v_token, scale,
     HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    VISIBLE: tl.constexpr, OWN: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Some rows, a part of the keys and an element of the batch a program."""
-    begin(PDL)
-    attend_part(
-        tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0) * ROWS, out_ptr, sums_ptr,
-        parts_ptr, q_ptr, k_ptr, v_ptr, visible_ptr, own_k_ptr, own_v_ptr, length, keys, own_keys, q_batch, q_token,
-        k_batch, k_token, v_batch, v_token, own_k_batch, own_k_token, own_v_batch, own_v_token, scale, HEADS, D, ROWS,
-        KEYS, SPLITS, VISIBLE, OWN, STATE_FIRST, EXACT, 2,
-    )  # fmt: skip
-
-
-@triton.jit
-def attend_part(
-    block, split, batch, padded_rows, out_ptr, sums_ptr, parts_ptr, q_ptr, k_ptr, v_ptr, visible_ptr, own_k_ptr,
-    own_v_ptr, length, keys, own_keys, q_batch, q_token, k_batch, k_token, v_batch, v_token, own_k_batch, own_k_token,
-    own_v_batch, own_v_token, scale,
-    HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    VISIBLE: tl.constexpr, OWN: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    VISIBLE: tl.constexpr, OWN: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Rows are pairs of a query and a head: all of them read the same keys and values. The queries' own are the last
     part of the keys, or come last in the only one."""
     SHARED: tl.constexpr = SPLITS - 1 if OWN and SPLITS > 1 else SPLITS
-    batch = tl.cast(batch, tl.int64)
-    row = block * ROWS + tl.arange(0, ROWS)
+    split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     query, head, lane = row // HEADS, row % HEADS, tl.arange(0, D)
     known = (query < length)[:, None]
     at = query[:, None] * q_token + head[:, None] * D + lane[None, :]
@@ -285,20 +262,19 @@ def attend_part(
     best, total, sums = _attend_to(
         q, query, scale, k_ptr + batch * k_batch, v_ptr + batch * v_batch, visible_ptr, split * part,
         tl.minimum((split + 1) * part, keys), k_token, v_token, best, total, sums, D, KEYS, VISIBLE=VISIBLE,
-        STATE_FIRST=False, EXACT=EXACT, STAGES=STAGES,
+        STATE_FIRST=False, EXACT=EXACT,
     )  # fmt: skip
     if OWN and split == SPLITS - 1:
         best, total, sums = _attend_to(
             q, query, scale, own_k_ptr + batch * own_k_batch, own_v_ptr + batch * own_v_batch, visible_ptr, 0, own_keys,
             own_k_token, own_v_token, best, total, sums, D, KEYS, VISIBLE=False, STATE_FIRST=STATE_FIRST, EXACT=EXACT,
-            STAGES=STAGES,
         )  # fmt: skip
     if SPLITS == 1:
         y = sums / tl.where(total > 0, total, 1.0)[:, None]
         out_at = ((batch * length + query[:, None]) * HEADS + head[:, None]) * D + lane[None, :]
         tl.store(out_ptr + out_at, y.to(out_ptr.dtype.element_ty), mask=known)
     else:
-        place = (batch * SPLITS + split) * padded_rows + row
+        place = (batch * SPLITS + split) * (tl.num_programs(0) * ROWS) + row
         tl.store(sums_ptr + place[:, None] * D + lane[None, :], sums)
         tl.store(parts_ptr + 2 * place, best)
         tl.store(parts_ptr + 2 * place + 1, total)

@@ -4,9 +4,6 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from openpi_duquant.kernels import pdl_triton
-from openpi_duquant.kernels.pdl_triton import begin
-
 
 def launch(outputs: tuple[Tensor, Tensor], x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     """Fills sum and norm, both [..., W], from x and delta [..., W], weight and bias [W], all contiguous."""
@@ -14,17 +11,16 @@ def launch(outputs: tuple[Tensor, Tensor], x: Tensor, delta: Tensor, weight: Ten
     padded = triton.next_power_of_2(width)
     _add_layer_norm[(x.numel() // width,)](
         *outputs, x, delta, weight, bias, EPS=eps, WIDTH=width, PADDED=padded,
-        **pdl_triton.options(x), num_warps=min(max(padded // 512, 1), 16),
+        num_warps=min(max(padded // 512, 1), 16),
     )  # fmt: skip
 
 
 @triton.jit
 def _add_layer_norm(
     sum_ptr, norm_ptr, x_ptr, delta_ptr, weight_ptr, bias_ptr, EPS: tl.constexpr, WIDTH: tl.constexpr,
-    PADDED: tl.constexpr, PDL: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
     """One row, in registers."""
-    begin(PDL)
     channel = tl.arange(0, PADDED)
     known = channel < WIDTH
     at = tl.program_id(0).to(tl.int64) * WIDTH + channel

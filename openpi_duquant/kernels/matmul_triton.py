@@ -9,15 +9,9 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from openpi_duquant.kernels import pdl_triton
 from openpi_duquant.kernels.blocks_triton import block_diagonal
-from openpi_duquant.kernels.pdl_triton import gdc_launch_dependents
-from openpi_duquant.kernels.pdl_triton import gdc_wait
 from openpi_duquant.kernels.rotary_triton import turn
 from openpi_duquant.kernels.tiles import Tile
-
-_LINE = tl.constexpr(128)  # bytes that memory gives at once
-_MOST_LINES = 512  # that a program asks for ahead
 
 
 def launch(
@@ -51,23 +45,7 @@ def launch(
         INT4=weight.shape[1] < k, BIAS=bias is not None, HADAMARD=hadamard > 0, BLOCK=block,
         GAIN=hadamard**-0.5 if hadamard else 1.0, HEAD=head, RESIDUAL=residual is not None, GATE=gate is not None,
         EXACT=interpreted or out.dtype == torch.float32, INTERPRETED=interpreted,
-        LINES=_lines(m, weight.shape[1], tile), **pdl_triton.options(a), num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-
-
-def _lines(m: int, stored: int, tile: Tile) -> int:
-    """Lines of a row of the weight that are asked for while the kernel before still runs: for few tokens, which wait
-    for the weight rather than for the tensor cores."""
-    return min(triton.next_power_of_2(triton.cdiv(stored, _LINE.value)), _MOST_LINES // tile.columns) if m <= 64 else 0
-
-
-@triton.jit
-def _prefetch(rows, K: tl.constexpr, LINES: tl.constexpr):
-    """Asks for the first lines of rows of K bytes, into L2, where memory is coherent: a hint, not a read."""
-    line = tl.minimum(tl.arange(0, LINES) * _LINE, K - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [rows[:, None] + line[None, :]],
-        dtype=tl.int32, is_pure=False, pack=1,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -97,15 +75,24 @@ def _pairs(start, BN: tl.constexpr, HEAD: tl.constexpr):
 
 
 @triton.jit
-def _turned(
-    y, cos_ptr, sin_ptr, m, known_m, start, N, BM: tl.constexpr, BN: tl.constexpr, HEAD: tl.constexpr,
-):  # fmt: skip
-    """y [BM, BN] of the columns `_pairs`, turned; the last head as it is."""
+def columns_of(start, BN: tl.constexpr, HEAD: tl.constexpr):
+    """Columns of the tile that begins at `start`."""
+    return _pairs(start, BN, HEAD) if HEAD > 0 else start + tl.arange(0, BN)
+
+
+@triton.jit
+def read_angles(cos_ptr, sin_ptr, m, M, start, N, BN: tl.constexpr, HEAD: tl.constexpr):
+    """Cosines and sines [BM, BN / 2] of the columns `_pairs`; of the last head those of no angle."""
     first = start // HEAD * HEAD + start % HEAD // 2 + tl.arange(0, BN // 2)
     at = m.to(tl.int64)[:, None] * HEAD + (first % HEAD)[None, :]
-    turns = known_m[:, None] & (first < N - HEAD)[None, :]
+    turns = (m < M)[:, None] & (first < N - HEAD)[None, :]
     cos = tl.load(cos_ptr + at, mask=turns, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + at, mask=turns, other=0.0).to(tl.float32)
+    return cos, tl.load(sin_ptr + at, mask=turns, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def turned(y, cos, sin, BM: tl.constexpr, BN: tl.constexpr):
+    """y [BM, BN] of the columns `_pairs`, turned."""
     one, other = tl.split(tl.reshape(y, (BM, BN // 2, 2)))
     one, other = turn(one, other, cos, sin)
     return tl.reshape(tl.join(one, other), (BM, BN))
@@ -117,30 +104,12 @@ def _matmul(
     gate_ptr, out_ptr, M, N, a_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, INT4: tl.constexpr,
     BIAS: tl.constexpr, HADAMARD: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr, HEAD: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """A tile a program."""
-    if PDL:
-        gdc_launch_dependents()
-    matmul_tile(
-        tl.program_id(0), a_ptr, act_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, matrices_ptr, cos_ptr, sin_ptr,
-        residual_ptr, gate_ptr, out_ptr, M, N, a_stride, BM, BN, BK, GROUP, K, INT4, BIAS, HADAMARD, BLOCK, GAIN, HEAD,
-        RESIDUAL, GATE, EXACT, INTERPRETED, LINES, PDL,
-    )  # fmt: skip
+    RESIDUAL: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr,
 
-
-@triton.jit
-def matmul_tile(
-    pid, a_ptr, act_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, matrices_ptr, cos_ptr, sin_ptr, residual_ptr,
-    gate_ptr, out_ptr, M, N, a_stride,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, INT4: tl.constexpr,
-    BIAS: tl.constexpr, HADAMARD: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr, HEAD: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Tile pid, [BM, BN]; K counts the stored columns of the weight. Sums are [BN, BM]: weights come from registers,
-    which the tensor cores take on the left."""
+    """A tile [BM, BN] a program; K counts the stored columns of the weight. Sums are [BN, BM]: weights come from
+    registers, which the tensor cores take on the left."""
+    pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     first = pid // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
@@ -152,10 +121,6 @@ def matmul_tile(
     a_tile = a_ptr + tl.where(known_m, m, 0).to(tl.int64)[None, :] * a_stride + k[:, None]
     w_rows = weight_ptr + tl.where(known_n, n, 0).to(tl.int64) * K
     w_tile = w_rows[:, None] + k[None, :]
-    if PDL:
-        if LINES > 0:
-            _prefetch(w_rows, K, LINES)
-        gdc_wait()
     sums = tl.zeros((BN, BM), tl.int32)
     for start in range(0, K, BK):
         if K % BK == 0:
@@ -175,23 +140,7 @@ def matmul_tile(
             sums = tl.dot(w, a, sums, out_dtype=tl.int32)
         w_tile += BK
         a_tile += BK
-    finish(
-        (sums >> 4 if INT4 else sums).T, m, n, start_n, M, N, act_scale_ptr, weight_scale_ptr, bias_ptr, matrices_ptr,
-        cos_ptr, sin_ptr, residual_ptr, gate_ptr, out_ptr, BM, BN, BIAS, HADAMARD, BLOCK, GAIN, HEAD, RESIDUAL, GATE,
-        EXACT,
-    )  # fmt: skip
-
-
-@triton.jit
-def finish(
-    sums, m, n, start_n, M, N, act_scale_ptr, weight_scale_ptr, bias_ptr, matrices_ptr, cos_ptr, sin_ptr, residual_ptr,
-    gate_ptr, out_ptr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, HADAMARD: tl.constexpr,
-    BLOCK: tl.constexpr, GAIN: tl.constexpr, HEAD: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """What becomes of the sums [BM, BN] int32 of rows m and columns n, the tile that begins at start_n: scales, output
-    restore, bias, rotary embedding, gated residual."""
-    known_m, known_n = m < M, n < N
+    sums = (sums >> 4 if INT4 else sums).T
     y = sums.to(tl.float32) * tl.load(weight_scale_ptr + n, mask=known_n, other=0.0)[None, :]
     y *= tl.load(act_scale_ptr + m, mask=known_m, other=0.0)[:, None]
     if BLOCK > 0:
@@ -200,7 +149,8 @@ def finish(
     if BIAS:
         y += tl.load(bias_ptr + n, mask=known_n, other=0.0).to(tl.float32)[None, :]
     if HEAD > 0:
-        y = _turned(y, cos_ptr, sin_ptr, m, known_m, start_n, N, BM, BN, HEAD)
+        cos, sin = read_angles(cos_ptr, sin_ptr, m, M, start_n, N, BN, HEAD)
+        y = turned(y, cos, sin, BM, BN)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     inside = known_m[:, None] & known_n[None, :]
     if RESIDUAL:
@@ -208,12 +158,6 @@ def finish(
             y *= tl.load(gate_ptr + n, mask=known_n, other=0.0).to(tl.float32)[None, :]
         y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def columns_of(start, BN: tl.constexpr, HEAD: tl.constexpr):
-    """Columns of the tile that begins at `start`."""
-    return _pairs(start, BN, HEAD) if HEAD > 0 else start + tl.arange(0, BN)
 
 
 @triton.jit

@@ -12,14 +12,13 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from openpi_duquant.kernels.attention_triton import Shape
-from openpi_duquant.kernels.attention_triton import attend_part
 from openpi_duquant.kernels.attention_triton import combine_token
 from openpi_duquant.kernels.attention_triton import shape_for
 from openpi_duquant.kernels.matmul_triton import columns_of
-from openpi_duquant.kernels.matmul_triton import finish
+from openpi_duquant.kernels.matmul_triton import read_angles
 from openpi_duquant.kernels.matmul_triton import read_weights
 from openpi_duquant.kernels.matmul_triton import sums_of
+from openpi_duquant.kernels.matmul_triton import turned
 from openpi_duquant.kernels.reference import NORM_EPS
 from openpi_duquant.kernels.transform_triton import gated
 from openpi_duquant.kernels.transform_triton import modulate
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 OPERATIONS = 9
 """Of a layer, each of which reads what the one before wrote."""
 
+_ROWS = 16  # pairs of a query and a head that attention has in a tile
 _FEWEST_CHANNELS = 32  # bytes of weights that the tensor cores take at once
 
 
@@ -55,13 +55,14 @@ def launch(
     mlp = stack.gate_up.weight.shape[1] // 2
     exact = interpreted or y.dtype == torch.float32
     if interpreted:
-        programs, shape = 3, Shape(16, 16, 2, 4)
+        programs, step = 3, 16
     else:
         about = torch.cuda.get_device_properties(y.device)
         memory, programs = about.shared_memory_per_block_optin, about.multi_processor_count
-        shape = shape_for(length * heads, prefix, exact=exact, shared_memory=memory)
-    blocks = triton.cdiv(length * heads, shape.rows)
-    parts = batch, shape.splits, blocks * shape.rows
+        step = shape_for(length * heads, prefix, exact=exact, shared_memory=memory).keys
+    blocks, shared = triton.cdiv(length * heads, _ROWS), triton.cdiv(prefix, step)
+    splits = shared + triton.cdiv(length, step)
+    parts = batch, splits, blocks * _ROWS
     fp32 = {"dtype": torch.float32}
     scratch = (
         y.new_empty(tokens, max(mlp, heads * head, width), dtype=torch.int8), y.new_empty(tokens, 1, **fp32),
@@ -77,7 +78,7 @@ def launch(
     columns = 64 if width % 64 == 0 and programs >= 64 else 16
     constants = {
         "W": width, "MLP": mlp, "HEADS": heads, "PADDED": triton.next_power_of_2(heads), "D": head,
-        "BM": max(16, triton.next_power_of_2(tokens)), "ROWS": shape.rows, "KEYS": shape.keys, "SPLITS": shape.splits,
+        "BM": max(16, triton.next_power_of_2(tokens)), "ROWS": _ROWS, "KEYS": step, "SPLITS": splits, "SHARED": shared,
         "ADAPTIVE": norms.shape[-1] == 3 * width, "VISIBLE": visible is not None, "STATE_FIRST": state_first,
         "EPS": NORM_EPS, "SCALE": head**-0.5 * math.log2(math.e), "EXACT": exact, "INTERPRETED": interpreted,
         "QKV_COLUMNS": min(_columns(stack.qkv, programs), head), "UP_COLUMNS": _columns(stack.gate_up, programs),
@@ -197,30 +198,103 @@ def _added(
 
 
 @triton.jit
-def _weights(
-    weight_ptr, unit, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, HEAD: tl.constexpr,
-):  # fmt: skip
+def _weights(weight_ptr, unit, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
     """Of a unit: a part of the channels, of a tile of the columns; zeros where there is none."""
-    n = columns_of(unit // PARTS * BN, BN, HEAD)
+    n = unit // PARTS * BN + tl.arange(0, BN)
     return read_weights(weight_ptr, n, N, unit % PARTS, K // 2, K // 2 // PARTS)
 
 
 @triton.jit
+def _read_ahead(
+    weight_ptr, scale_ptr, cos_ptr, sin_ptr, tile, tokens,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    """Weights, scales, cosines and sines of a tile."""
+    n = columns_of(tile * BN, BN, HEAD)
+    w = read_weights(weight_ptr, n, N, 0, K // 2, K // 2)
+    scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)
+    cos, sin = scale, scale
+    if HEAD > 0:
+        cos, sin = read_angles(cos_ptr, sin_ptr, tl.arange(0, BM), tokens, tile * BN, N, BN, HEAD)
+    return w, scale, cos, sin
+
+
+@triton.jit
 def _multiply(
-    w, codes_ptr, act_scale_ptr, weight_ptr, scale_ptr, cos_ptr, sin_ptr, out_ptr, tokens,
+    w, scale, cos, sin, codes_ptr, act_scale_ptr, weight_ptr, scale_ptr, cos_ptr, sin_ptr, out_ptr, tokens,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HEAD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """W4A8, then a rotary embedding, tile by tile, of the first with weights w."""
+    """W4A8, then a rotary embedding, tile by tile, of the first with what was read ahead."""
     m = tl.arange(0, BM)
+    act_scale = tl.load(act_scale_ptr + m, mask=m < tokens, other=0.0)
     programs = tl.num_programs(0)
     for tile in range(tl.program_id(0), tl.cdiv(N, BN), programs):
-        finish(
-            sums_of(w, codes_ptr, m, tokens, 0, K // 2, K // 2, INTERPRETED), m, columns_of(tile * BN, BN, HEAD),
-            tile * BN, tokens, N, act_scale_ptr, scale_ptr, scale_ptr, scale_ptr, cos_ptr, sin_ptr, out_ptr, scale_ptr,
-            out_ptr, BM, BN, BIAS=False, HADAMARD=False, BLOCK=0, GAIN=1.0, HEAD=HEAD, RESIDUAL=False, GATE=False,
-            EXACT=INTERPRETED,
+        y = sums_of(w, codes_ptr, m, tokens, 0, K // 2, K // 2, INTERPRETED).to(tl.float32)
+        y = y * scale[None, :] * act_scale[:, None]
+        if HEAD > 0:
+            y = turned(y, cos, sin, BM, BN)
+        n = columns_of(tile * BN, BN, HEAD)
+        inside = (m < tokens)[:, None] & (n < N)[None, :]
+        tl.store(out_ptr + m[:, None] * N + n[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
+        w, scale, cos, sin = _read_ahead(
+            weight_ptr, scale_ptr, cos_ptr, sin_ptr, tile + programs, tokens, N, K, BM, BN, HEAD
         )  # fmt: skip
-        w = _weights(weight_ptr, tile + programs, N, K, BN, 1, HEAD)
+
+
+@triton.jit
+def _read_keys(
+    keys_ptr, values_ptr, visible_ptr, unit, blocks, prefix, D: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """Cached keys and values [KEYS, D] of a unit, and which of them are seen; the prefix has no more than the splits
+    before those of the queries' own keys."""
+    key = unit // blocks % SPLITS * KEYS + tl.arange(0, KEYS)
+    token = unit // (blocks * SPLITS) * prefix + key
+    at = token[:, None] * D + tl.arange(0, D)[None, :]
+    known = key < prefix
+    k = tl.load(keys_ptr + at, mask=known[:, None], other=0.0)
+    v = tl.load(values_ptr + at, mask=known[:, None], other=0.0)
+    return k, v, (tl.load(visible_ptr + token, mask=known, other=0) != 0) if VISIBLE else known
+
+
+@triton.jit
+def _attend(
+    k, v, seen, heads_ptr, sums_ptr, parts_ptr, unit, blocks, prefix, length, scale, HEADS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr,
+    STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Softmax over one part of the keys, for some pairs of a query and a head, see `attention_triton`."""
+    WIDTH: tl.constexpr = (HEADS + 2) * D
+    block, split, element = unit % blocks, unit // blocks % SPLITS, unit // (blocks * SPLITS)
+    row, lane = block * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
+    query = row // HEADS
+    tokens_ptr = heads_ptr + element * length * WIDTH
+    at = query[:, None] * WIDTH + (row % HEADS)[:, None] * D + lane[None, :]
+    q = tl.load(tokens_ptr + at, mask=(query < length)[:, None], other=0.0)
+    seen = seen[None, :] & (query < length)[:, None]
+    if split >= SHARED:
+        key = (split - SHARED) * KEYS + tl.arange(0, KEYS)
+        own = tokens_ptr + key[:, None] * WIDTH + HEADS * D + lane[None, :]
+        k = tl.load(own, mask=(key < length)[:, None], other=0.0)
+        v = tl.load(own + D, mask=(key < length)[:, None], other=0.0)
+        seen = (key < length)[None, :] & (query < length)[:, None]
+        if STATE_FIRST:
+            seen = seen & ((query[:, None] > 0) | (key[None, :] == 0))
+    if EXACT:
+        scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
+    else:
+        scores = tl.dot(q, tl.trans(k))
+    scores = tl.where(seen, scores * scale, float("-inf"))
+    best = tl.max(scores, 1)
+    weights = tl.exp2(scores - tl.where(best == float("-inf"), 0.0, best)[:, None])
+    if EXACT:  # noqa: SIM108
+        sums = tl.dot(weights, v.to(tl.float32), input_precision="ieee")
+    else:
+        sums = tl.dot(weights.to(v.dtype), v)
+    place = (element * SPLITS + split) * (blocks * ROWS) + row
+    tl.store(sums_ptr + place[:, None] * D + lane[None, :], sums)
+    tl.store(parts_ptr + 2 * place, best)
+    tl.store(parts_ptr + 2 * place + 1, tl.sum(weights, 1))
 
 
 @triton.jit
@@ -236,7 +310,7 @@ def _sum_up(
         n = unit // PARTS * BN + tl.arange(0, BN)
         inside = (m < tokens)[:, None] & (n < N)[None, :]
         tl.atomic_add(sums_ptr + m[:, None] * N + n[None, :], sums, mask=inside, sem="relaxed")
-        w = _weights(weight_ptr, unit + programs, N, K, BN, PARTS, 0)
+        w = _weights(weight_ptr, unit + programs, N, K, BN, PARTS)
 
 
 @triton.jit
@@ -246,12 +320,12 @@ def _layers(
     norms_ptr, keys_ptr, values_ptr, visible_ptr, cos_ptr, sin_ptr, codes_ptr, act_scale_ptr, heads_ptr, sums_ptr,
     parts_ptr, hidden_ptr, normed_ptr, tokens, length, batches, prefix, blocks, first, last,
     W: tl.constexpr, MLP: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, ADAPTIVE: tl.constexpr, VISIBLE: tl.constexpr,
-    STATE_FIRST: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr, ADAPTIVE: tl.constexpr,
+    VISIBLE: tl.constexpr, STATE_FIRST: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
     INTERPRETED: tl.constexpr, QKV_COLUMNS: tl.constexpr, QKV_PERMUTE: tl.constexpr, QKV_BLOCK: tl.constexpr,
-    UP_COLUMNS: tl.constexpr, UP_PERMUTE: tl.constexpr, UP_BLOCK: tl.constexpr,
-    DOWN_PERMUTE: tl.constexpr, DOWN_BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr, O_PARTS: tl.constexpr, DOWN_PARTS: tl.constexpr, OPERATION: tl.constexpr,
+    UP_COLUMNS: tl.constexpr, UP_PERMUTE: tl.constexpr, UP_BLOCK: tl.constexpr, DOWN_PERMUTE: tl.constexpr,
+    DOWN_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, O_PARTS: tl.constexpr, DOWN_PARTS: tl.constexpr,
+    OPERATION: tl.constexpr,
 ):  # fmt: skip
     """Layers first to last - 1: all operations of each, or one of them. What an operation reads that is not computed
     here, it reads before it waits."""
@@ -274,8 +348,8 @@ def _layers(
             scale, shift = read_modulation(norm, norm + W, channel, channel < W, SCALE=True, SHIFT=ADAPTIVE)
             factor, gate = _factors(down_scale_ptr, norm - W, layer - 1, channel, layer > 0, W, ADAPTIVE)
             if ALL:
-                after = qkv_ptr + (layer + 1) % last * (HEAD * (W // 2))
-                _prefetch(after, program * QKV_COLUMNS, HEAD, QKV_COLUMNS, W // 2)
+                next_qkv = qkv_ptr + (layer + 1) % last * (HEAD * (W // 2))
+                _prefetch(next_qkv, program * QKV_COLUMNS, HEAD, QKV_COLUMNS, W // 2)
                 _prefetch(o, program * 16, W, 16, HEADS * D // 2)
                 _prefetch(up, program * UP_COLUMNS, 2 * MLP, UP_COLUMNS, W // 2)
                 _prefetch(down, program * 16, W, 16, MLP // 2)
@@ -289,27 +363,30 @@ def _layers(
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 1:
-            w = _weights(qkv, program, HEAD, W, QKV_COLUMNS, 1, D)
+            scales = qkv_scale_ptr + layer * HEAD
+            w, scale, cos, sin = _read_ahead(
+                qkv, scales, cos_ptr, sin_ptr, program, tokens, HEAD, W, BM, QKV_COLUMNS, D
+            )  # fmt: skip
             if ALL:
                 _wait(counter_ptr, (done + 1) * programs)
             _multiply(
-                w, codes_ptr, act_scale_ptr, qkv, qkv_scale_ptr + layer * HEAD, cos_ptr, sin_ptr, heads_ptr, tokens,
-                HEAD, W, BM, QKV_COLUMNS, D, INTERPRETED,
+                w, scale, cos, sin, codes_ptr, act_scale_ptr, qkv, scales, cos_ptr, sin_ptr, heads_ptr, tokens, HEAD, W,
+                BM, QKV_COLUMNS, D, INTERPRETED,
             )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 2:
-            own = heads_ptr + HEADS * D
+            keys, values = keys_ptr + cached, values_ptr + cached
+            k, v, seen = _read_keys(keys, values, visible_ptr, program, blocks, prefix, D, KEYS, SPLITS, VISIBLE)
             if ALL:
                 _wait(counter_ptr, (done + 2) * programs)
             for unit in range(program, blocks * SPLITS * batches, programs):
-                block, split, element = unit % blocks, unit // blocks % SPLITS, unit // (blocks * SPLITS)
-                attend_part(
-                    block, split, element, blocks * ROWS, sums_ptr, sums_ptr, parts_ptr, heads_ptr, keys_ptr + cached,
-                    values_ptr + cached, visible_ptr, own, own + D, length, prefix, length, length * HEAD, HEAD,
-                    prefix * D, D, prefix * D, D, length * HEAD, HEAD, length * HEAD, HEAD, SCALE, HEADS, D, ROWS, KEYS,
-                    SPLITS, VISIBLE, OWN=True, STATE_FIRST=STATE_FIRST, EXACT=EXACT, STAGES=1,
+                _attend(
+                    k, v, seen, heads_ptr, sums_ptr, parts_ptr, unit, blocks, prefix, length, SCALE, HEADS, D, ROWS,
+                    KEYS, SPLITS, SHARED, STATE_FIRST, EXACT,
                 )  # fmt: skip
+                later = unit + programs
+                k, v, seen = _read_keys(keys, values, visible_ptr, later, blocks, prefix, D, KEYS, SPLITS, VISIBLE)
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 3:
@@ -323,7 +400,7 @@ def _layers(
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 4:
-            w = _weights(o, program, W, HEADS * D, COLUMNS, O_PARTS, 0)
+            w = _weights(o, program, W, HEADS * D, COLUMNS, O_PARTS)
             if ALL:
                 _wait(counter_ptr, (done + 4) * programs)
             _sum_up(w, codes_ptr, o, all_sums_ptr, tokens, W, HEADS * D, BM, COLUMNS, O_PARTS, INTERPRETED)
@@ -344,12 +421,15 @@ def _layers(
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 6:
-            w = _weights(up, program, 2 * MLP, W, UP_COLUMNS, 1, 0)
+            scales = up_scale_ptr + layer * (2 * MLP)
+            w, scale, cos, sin = _read_ahead(
+                up, scales, cos_ptr, sin_ptr, program, tokens, 2 * MLP, W, BM, UP_COLUMNS, 0
+            )  # fmt: skip
             if ALL:
                 _wait(counter_ptr, (done + 6) * programs)
             _multiply(
-                w, codes_ptr, act_scale_ptr, up, up_scale_ptr + layer * (2 * MLP), cos_ptr, sin_ptr, hidden_ptr, tokens,
-                2 * MLP, W, BM, UP_COLUMNS, 0, INTERPRETED,
+                w, scale, cos, sin, codes_ptr, act_scale_ptr, up, scales, cos_ptr, sin_ptr, hidden_ptr, tokens, 2 * MLP,
+                W, BM, UP_COLUMNS, 0, INTERPRETED,
             )  # fmt: skip
             if ALL:
                 _arrive(counter_ptr)
@@ -363,7 +443,7 @@ def _layers(
             if ALL:
                 _arrive(counter_ptr)
         if ALL or OPERATION == 8:
-            w = _weights(down, program, W, MLP, COLUMNS, DOWN_PARTS, 0)
+            w = _weights(down, program, W, MLP, COLUMNS, DOWN_PARTS)
             if ALL:
                 _wait(counter_ptr, (done + 8) * programs)
             _sum_up(w, codes_ptr, down, all_sums_ptr, tokens, W, MLP, BM, COLUMNS, DOWN_PARTS, INTERPRETED)

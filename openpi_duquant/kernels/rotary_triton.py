@@ -4,9 +4,6 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from openpi_duquant.kernels import pdl_triton
-from openpi_duquant.kernels.pdl_triton import begin
-
 
 def launch(turned: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Fills turned [..., (H + 2) D] from qkv; cos and sin [..., D], all contiguous."""
@@ -14,7 +11,7 @@ def launch(turned: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
     heads = qkv.shape[-1] // size
     _rotary[(qkv.numel() // qkv.shape[-1],)](
         turned, qkv, cos, sin, HEADS=heads, PADDED=triton.next_power_of_2(heads), HALF=size // 2,
-        **pdl_triton.options(qkv), num_warps=4,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -27,10 +24,9 @@ def turn(first, second, cos, sin):
 @triton.jit
 def _rotary(
     turned_ptr, qkv_ptr, cos_ptr, sin_ptr, HEADS: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr,
-    PDL: tl.constexpr,
+
 ):  # fmt: skip
     """All heads of one token; the last is turned by nothing."""
-    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     head, lane = tl.arange(0, PADDED)[:, None], tl.arange(0, HALF)[None, :]
     known, turns = head < HEADS, head < HEADS - 1

@@ -4,9 +4,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from openpi_duquant.kernels import pdl_triton
 from openpi_duquant.kernels.blocks_triton import signs
-from openpi_duquant.kernels.pdl_triton import begin
 from openpi_duquant.kernels.reference import NORM_EPS
 
 _ROWS = 16  # of a program that multiplies by matrices: the fewest that tl.dot takes
@@ -35,7 +33,7 @@ def launch(
     m, k = codes.shape
     prologue = {"GEGLU": geglu, "NORM": norm, "SCALE": scale is not None, "SHIFT": shift is not None}
     common = {"PERMUTE": permutation is not None, "FLOAT32": float32, "EPS": NORM_EPS, "K": k}
-    common |= prologue | pdl_triton.options(x)
+    common |= prologue
     if matrices is not None:
         _by_block[(triton.cdiv(m, _ROWS),)](
             x, scale, shift, permutation, matrices, codes, act_scale, row_sum, m, x.stride(0),
@@ -137,10 +135,9 @@ def _by_row(
     x_ptr, scale_ptr, shift_ptr, permutation_ptr, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, HADAMARD: tl.constexpr, BUTTERFLY: tl.constexpr,
     GEGLU: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, PERMUTE: tl.constexpr,
-    FLOAT32: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr,
+    FLOAT32: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """No rotation, or a Hadamard. A program has one row or two in registers: x is read once."""
-    begin(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCKS * B)[None, :]
     channel = tl.load(permutation_ptr + k, mask=k < K, other=0) if PERMUTE else k
@@ -190,11 +187,10 @@ def _by_block(
     x_ptr, scale_ptr, shift_ptr, permutation_ptr, rotation_ptr, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride,
     ROWS: tl.constexpr, B: tl.constexpr, GEGLU: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr,
     SHIFT: tl.constexpr, PERMUTE: tl.constexpr, FLOAT32: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr,
-    PDL: tl.constexpr,
+
 ):  # fmt: skip
     """A matrix for every block. A program has some rows and goes through the blocks: once to find each row's largest
     value, once to round; with a norm, once before to find its mean square."""
-    begin(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     known = (row < M)[:, None]
     lane = tl.arange(0, B)

@@ -9,6 +9,7 @@ import interpreted
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openpi_duquant import kernels
 from openpi_duquant.accuracy import relative_error
@@ -61,22 +62,34 @@ def run(policy: Policy, step: Callable[[], object] = lambda: None) -> list[Tenso
     return [*cached, y]
 
 
-@pytest.mark.parametrize(("preset", "launches"), [("default", 9), ("simple", 9), ("optimized", 10)])
-def test_layers_are_their_definition_in_few_launches(
-    converted: Callable[[str], pathlib.Path], preset: str, launches: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from openpi_duquant.kernels import pdl_triton  # noqa: PLC0415
+class Calls(TorchDispatchMode):
+    """Counts the project's operators."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        del types
+        self.count += func.namespace == "openpi_duquant"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("preset", "operators"), [("default", 8), ("simple", 8), ("optimized", 9)])
+def test_layers_are_their_definition_in_few_operators(
+    converted: Callable[[str], pathlib.Path], preset: str, operators: int
+) -> None:
     policies = {
         name: load_policy(converted(preset), backend=name, dtype=torch.float32, device=DEVICE)
         for name in ("triton", "reference")
     }
-    calls: list[Tensor] = []
-    options = pdl_triton.options  # every launch asks for them
-    monkeypatch.setattr(pdl_triton, "options", lambda x: calls.append(x) or options(x))
-    actual = run(policies["triton"], step=calls.clear)
-    assert len(calls) == launches * policies["triton"].architecture.expert.depth
-    calls.clear()
+    calls = Calls()
+    before = []
+    with calls:
+        actual = run(policies["triton"], step=lambda: before.append(calls.count))
+    assert calls.count - before[0] == operators * policies["triton"].architecture.expert.depth
     expected = run(policies["reference"])
     for part, wanted in zip(actual, expected, strict=True):
         assert relative_error(part.cpu(), wanted.cpu()) < 1e-2
