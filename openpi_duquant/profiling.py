@@ -45,6 +45,11 @@ def span(label: Label, tensor: Tensor, layer: str | None = None) -> contextlib.A
     return contextlib.nullcontext() if _active is None else _active.span(label, tensor, layer)
 
 
+def is_active() -> bool:
+    """Whether spans are counted: then what they measure must not be run as one."""
+    return _active is not None
+
+
 @contextlib.contextmanager
 def not_profiled() -> Iterator[None]:
     """Counts no spans while it lasts: kernels are tested or measured, and no layer computes anything."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from openpi_duquant import profiling
 from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.engine.placement import HostLinear
 from openpi_duquant.engine.stack import stack_
@@ -243,6 +244,9 @@ class ActionExpert(nn.Module):
     def _stack(self) -> Stack | None:
         return stack_(self.layers)
 
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_stack"}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ActionExpert":  # noqa: FBT001, FBT002
         self.__dict__.pop("_stack", None)  # of tensors that the layers now have elsewhere
         return super()._apply(fn, recurse)
@@ -277,7 +281,8 @@ class ActionExpert(nn.Module):
         Returns:
             [B, S, W].
         """
-        if persistent.takes(x, head_dim=rotation[0].shape[-1]) and self._stack is not None:
+        alone = persistent.takes(x, rotation[0].shape[-1]) and not profiling.is_active()
+        if alone and self._stack is not None:
             norms = self._stack.norms if modulations[0] is None else modulations[:-1]
             x = persistent.run_layers(x, self._stack, norms, rotation, visible, cached, state_first=state_first)
         else:

@@ -14,16 +14,24 @@ import triton.language as tl
 
 from openpi_duquant.kernels.attention_triton import combine_token
 from openpi_duquant.kernels.attention_triton import shape_for
-from openpi_duquant.kernels.matmul_triton import columns_of
-from openpi_duquant.kernels.matmul_triton import read_angles
-from openpi_duquant.kernels.matmul_triton import read_weights
-from openpi_duquant.kernels.matmul_triton import sums_of
-from openpi_duquant.kernels.matmul_triton import turned
+from openpi_duquant.kernels.persistent_parts_triton import add_sums
+from openpi_duquant.kernels.persistent_parts_triton import arrive
+from openpi_duquant.kernels.persistent_parts_triton import as_bytes
+from openpi_duquant.kernels.persistent_parts_triton import attend
+from openpi_duquant.kernels.persistent_parts_triton import multiply
+from openpi_duquant.kernels.persistent_parts_triton import norm_row
+from openpi_duquant.kernels.persistent_parts_triton import prefetch
+from openpi_duquant.kernels.persistent_parts_triton import read_ahead
+from openpi_duquant.kernels.persistent_parts_triton import read_factors
+from openpi_duquant.kernels.persistent_parts_triton import read_keys
+from openpi_duquant.kernels.persistent_parts_triton import read_part
+from openpi_duquant.kernels.persistent_parts_triton import read_permutation
+from openpi_duquant.kernels.persistent_parts_triton import round_row
+from openpi_duquant.kernels.persistent_parts_triton import sum_up
+from openpi_duquant.kernels.persistent_parts_triton import wait_for
 from openpi_duquant.kernels.reference import NORM_EPS
 from openpi_duquant.kernels.transform_triton import gated
-from openpi_duquant.kernels.transform_triton import modulate
 from openpi_duquant.kernels.transform_triton import read_modulation
-from openpi_duquant.kernels.transform_triton import transform_rows
 
 if TYPE_CHECKING:
     from openpi_duquant.kernels.persistent import Matrix
@@ -109,211 +117,6 @@ def _parts(matrix: "Matrix", columns: int, programs: int) -> int:
 
 
 @triton.jit
-def _arrive(counter_ptr):
-    """Counts this program; what it wrote before can be read by all who wait for it."""
-    tl.debug_barrier()
-    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def _wait(counter_ptr, arrivals):
-    """Returns once so many arrivals are counted."""
-    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit
-def _prefetch(rows_ptr, first, rows, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    """Asks for rows first, ..., first + ROWS - 1, of so many bytes, into L2, where memory is coherent: a hint."""
-    row = (first + tl.arange(0, ROWS))[:, None]
-    line = tl.arange(0, (BYTES + 127) // 128)[None, :] * 128
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
-        [rows_ptr + row * BYTES + line, ((row < rows) & (line >= 0)).to(tl.int32)], dtype=tl.int32, is_pure=False,
-        pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _bytes(ptr):
-    return ptr.to(tl.pointer_type(tl.uint8))
-
-
-@triton.jit
-def _source(permutation_ptr, layer, K: tl.constexpr, PERMUTE: tl.constexpr):
-    """Which channels come where, in a layer."""
-    k = tl.arange(0, K)[None, :]
-    return tl.load(permutation_ptr + layer * K + k) if PERMUTE else k
-
-
-@triton.jit
-def _normed(
-    row, x, scale, shift, source, normed_ptr, W: tl.constexpr, PERMUTE: tl.constexpr, EPS: tl.constexpr,
-):  # fmt: skip
-    """Norm and permutation of a row x [1, W]. It is permuted on its way through memory: so all else is read in order,
-    and not a line for every channel."""
-    inverse_rms = tl.rsqrt(tl.sum(x.to(tl.float32) * x.to(tl.float32), 1) / W + EPS)[:, None]
-    x = modulate(x, inverse_rms, scale, shift)
-    if PERMUTE:
-        tl.store(normed_ptr + row * W + tl.arange(0, W)[None, :], x)
-        tl.debug_barrier()
-        x = tl.load(normed_ptr + row * W + source)
-    return x
-
-
-@triton.jit
-def _transform(
-    row, x, codes_ptr, act_scale_ptr, tokens, K: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Hadamard and rounding of a row x [1, K]."""
-    B: tl.constexpr = BLOCK if BLOCK > 0 else K
-    transform_rows(
-        row + tl.arange(0, 1), x, 0.0, 0.0, codes_ptr, act_scale_ptr, act_scale_ptr, tokens, 1, K // B, B,
-        HADAMARD=BLOCK > 0, BUTTERFLY=not EXACT, NORM=False, SHIFT=False, FLOAT32=EXACT, EPS=0.0, K=K, ROW_SUM=False,
-    )  # fmt: skip
-
-
-@triton.jit
-def _factors(scale_ptr, gate_ptr, layer, channel, pending, W: tl.constexpr, GATE: tl.constexpr):
-    """What the sums of a layer's matrix are multiplied by: its scales, and a gate."""
-    factor = tl.load(scale_ptr + layer * W + channel, mask=(channel >= 0) & pending, other=0.0)
-    gate = tl.load(gate_ptr + channel, mask=(channel >= 0) & pending, other=0.0).to(tl.float32) if GATE else 1.0
-    return factor, gate
-
-
-@triton.jit
-def _added(
-    y_ptr, sums_ptr, act_scale_ptr, row, channel, factor, gate, pending, W: tl.constexpr,
-):  # fmt: skip
-    """Channels of a row of y, to which what the last matrix made of it has been added; its sums are zeros again."""
-    at = row * W + channel
-    x = tl.load(y_ptr + at)
-    if pending:
-        added = tl.load(sums_ptr + at).to(tl.float32) * factor * tl.load(act_scale_ptr + row) * gate
-        x = (added + x.to(tl.float32)).to(x.dtype)
-        tl.store(y_ptr + at, x)
-        tl.store(sums_ptr + at, tl.zeros_like(at))
-    return x
-
-
-@triton.jit
-def _weights(weight_ptr, unit, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
-    """Of a unit: a part of the channels, of a tile of the columns; zeros where there is none."""
-    n = unit // PARTS * BN + tl.arange(0, BN)
-    return read_weights(weight_ptr, n, N, unit % PARTS, K // 2, K // 2 // PARTS)
-
-
-@triton.jit
-def _read_ahead(
-    weight_ptr, scale_ptr, cos_ptr, sin_ptr, tile, tokens,
-    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HEAD: tl.constexpr,
-):  # fmt: skip
-    """Weights, scales, cosines and sines of a tile."""
-    n = columns_of(tile * BN, BN, HEAD)
-    w = read_weights(weight_ptr, n, N, 0, K // 2, K // 2)
-    scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)
-    cos, sin = scale, scale
-    if HEAD > 0:
-        cos, sin = read_angles(cos_ptr, sin_ptr, tl.arange(0, BM), tokens, tile * BN, N, BN, HEAD)
-    return w, scale, cos, sin
-
-
-@triton.jit
-def _multiply(
-    w, scale, cos, sin, codes_ptr, act_scale_ptr, weight_ptr, scale_ptr, cos_ptr, sin_ptr, out_ptr, tokens,
-    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HEAD: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """W4A8, then a rotary embedding, tile by tile, of the first with what was read ahead."""
-    m = tl.arange(0, BM)
-    act_scale = tl.load(act_scale_ptr + m, mask=m < tokens, other=0.0)
-    programs = tl.num_programs(0)
-    for tile in range(tl.program_id(0), tl.cdiv(N, BN), programs):
-        y = sums_of(w, codes_ptr, m, tokens, 0, K // 2, K // 2, INTERPRETED).to(tl.float32)
-        y = y * scale[None, :] * act_scale[:, None]
-        if HEAD > 0:
-            y = turned(y, cos, sin, BM, BN)
-        n = columns_of(tile * BN, BN, HEAD)
-        inside = (m < tokens)[:, None] & (n < N)[None, :]
-        tl.store(out_ptr + m[:, None] * N + n[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
-        w, scale, cos, sin = _read_ahead(
-            weight_ptr, scale_ptr, cos_ptr, sin_ptr, tile + programs, tokens, N, K, BM, BN, HEAD
-        )  # fmt: skip
-
-
-@triton.jit
-def _read_keys(
-    keys_ptr, values_ptr, visible_ptr, unit, blocks, prefix, D: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    VISIBLE: tl.constexpr,
-):  # fmt: skip
-    """Cached keys and values [KEYS, D] of a unit, and which of them are seen; the prefix has no more than the splits
-    before those of the queries' own keys."""
-    key = unit // blocks % SPLITS * KEYS + tl.arange(0, KEYS)
-    token = unit // (blocks * SPLITS) * prefix + key
-    at = token[:, None] * D + tl.arange(0, D)[None, :]
-    known = key < prefix
-    k = tl.load(keys_ptr + at, mask=known[:, None], other=0.0)
-    v = tl.load(values_ptr + at, mask=known[:, None], other=0.0)
-    return k, v, (tl.load(visible_ptr + token, mask=known, other=0) != 0) if VISIBLE else known
-
-
-@triton.jit
-def _attend(
-    k, v, seen, heads_ptr, sums_ptr, parts_ptr, unit, blocks, prefix, length, scale, HEADS: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr,
-    STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Softmax over one part of the keys, for some pairs of a query and a head, see `attention_triton`."""
-    WIDTH: tl.constexpr = (HEADS + 2) * D
-    block, split, element = unit % blocks, unit // blocks % SPLITS, unit // (blocks * SPLITS)
-    row, lane = block * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
-    query = row // HEADS
-    tokens_ptr = heads_ptr + element * length * WIDTH
-    at = query[:, None] * WIDTH + (row % HEADS)[:, None] * D + lane[None, :]
-    q = tl.load(tokens_ptr + at, mask=(query < length)[:, None], other=0.0)
-    seen = seen[None, :] & (query < length)[:, None]
-    if split >= SHARED:
-        key = (split - SHARED) * KEYS + tl.arange(0, KEYS)
-        own = tokens_ptr + key[:, None] * WIDTH + HEADS * D + lane[None, :]
-        k = tl.load(own, mask=(key < length)[:, None], other=0.0)
-        v = tl.load(own + D, mask=(key < length)[:, None], other=0.0)
-        seen = (key < length)[None, :] & (query < length)[:, None]
-        if STATE_FIRST:
-            seen = seen & ((query[:, None] > 0) | (key[None, :] == 0))
-    if EXACT:
-        scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
-    else:
-        scores = tl.dot(q, tl.trans(k))
-    scores = tl.where(seen, scores * scale, float("-inf"))
-    best = tl.max(scores, 1)
-    weights = tl.exp2(scores - tl.where(best == float("-inf"), 0.0, best)[:, None])
-    if EXACT:  # noqa: SIM108
-        sums = tl.dot(weights, v.to(tl.float32), input_precision="ieee")
-    else:
-        sums = tl.dot(weights.to(v.dtype), v)
-    place = (element * SPLITS + split) * (blocks * ROWS) + row
-    tl.store(sums_ptr + place[:, None] * D + lane[None, :], sums)
-    tl.store(parts_ptr + 2 * place, best)
-    tl.store(parts_ptr + 2 * place + 1, tl.sum(weights, 1))
-
-
-@triton.jit
-def _sum_up(
-    w, codes_ptr, weight_ptr, sums_ptr, tokens, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PARTS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """The sums of a W4A8 matrix, unit by unit, of the first with weights w: integers, the same in any order."""
-    m = tl.arange(0, BM)
-    programs = tl.num_programs(0)
-    for unit in range(tl.program_id(0), tl.cdiv(N, BN) * PARTS, programs):
-        sums = sums_of(w, codes_ptr, m, tokens, unit % PARTS, K // 2, K // 2 // PARTS, INTERPRETED)
-        n = unit // PARTS * BN + tl.arange(0, BN)
-        inside = (m < tokens)[:, None] & (n < N)[None, :]
-        tl.atomic_add(sums_ptr + m[:, None] * N + n[None, :], sums, mask=inside, sem="relaxed")
-        w = _weights(weight_ptr, unit + programs, N, K, BN, PARTS)
-
-
-@triton.jit
 def _layers(
     y_ptr, all_sums_ptr, counter_ptr, qkv_ptr, qkv_scale_ptr, qkv_permutation_ptr, o_ptr, o_scale_ptr,
     o_permutation_ptr, up_ptr, up_scale_ptr, up_permutation_ptr, down_ptr, down_scale_ptr, down_permutation_ptr,
@@ -344,115 +147,115 @@ def _layers(
         down = down_ptr + layer * (W * (MLP // 2))
         cached = layer * batches * prefix * D
         if ALL or OPERATION == 0:
-            source = _source(qkv_permutation_ptr, layer, W, QKV_PERMUTE)
+            source = read_permutation(qkv_permutation_ptr, layer, W, QKV_PERMUTE)
             scale, shift = read_modulation(norm, norm + W, channel, channel < W, SCALE=True, SHIFT=ADAPTIVE)
-            factor, gate = _factors(down_scale_ptr, norm - W, layer - 1, channel, layer > 0, W, ADAPTIVE)
+            factor, gate = read_factors(down_scale_ptr, norm - W, layer - 1, channel, layer > 0, W, ADAPTIVE)
             if ALL:
                 next_qkv = qkv_ptr + (layer + 1) % last * (HEAD * (W // 2))
-                _prefetch(next_qkv, program * QKV_COLUMNS, HEAD, QKV_COLUMNS, W // 2)
-                _prefetch(o, program * 16, W, 16, HEADS * D // 2)
-                _prefetch(up, program * UP_COLUMNS, 2 * MLP, UP_COLUMNS, W // 2)
-                _prefetch(down, program * 16, W, 16, MLP // 2)
-                _prefetch(_bytes(keys_ptr + cached), program * KEYS, batches * prefix, KEYS, BYTES)
-                _prefetch(_bytes(values_ptr + cached), program * KEYS, batches * prefix, KEYS, BYTES)
-                _wait(counter_ptr, done * programs)
+                prefetch(next_qkv, program * QKV_COLUMNS, HEAD, QKV_COLUMNS, W // 2)
+                prefetch(o, program * 16, W, 16, HEADS * D // 2)
+                prefetch(up, program * UP_COLUMNS, 2 * MLP, UP_COLUMNS, W // 2)
+                prefetch(down, program * 16, W, 16, MLP // 2)
+                prefetch(as_bytes(keys_ptr + cached), program * KEYS, batches * prefix, KEYS, BYTES)
+                prefetch(as_bytes(values_ptr + cached), program * KEYS, batches * prefix, KEYS, BYTES)
+                wait_for(counter_ptr, done * programs)
             for row in range(program, tokens, programs):
-                x = _added(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, layer > 0, W)
-                x = _normed(row, x, scale, shift, source, normed_ptr, W, QKV_PERMUTE, EPS)
-                _transform(row, x, codes_ptr, act_scale_ptr, tokens, W, QKV_BLOCK, EXACT)
+                x = add_sums(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, layer > 0, W)
+                x = norm_row(row, x, scale, shift, source, normed_ptr, W, QKV_PERMUTE, EPS)
+                round_row(row, x, codes_ptr, act_scale_ptr, tokens, W, QKV_BLOCK, EXACT)
             if ALL:
-                _arrive(counter_ptr)
+                arrive(counter_ptr)
         if ALL or OPERATION == 1:
             scales = qkv_scale_ptr + layer * HEAD
-            w, scale, cos, sin = _read_ahead(
+            w, scale, cos, sin = read_ahead(
                 qkv, scales, cos_ptr, sin_ptr, program, tokens, HEAD, W, BM, QKV_COLUMNS, D
             )  # fmt: skip
             if ALL:
-                _wait(counter_ptr, (done + 1) * programs)
-            _multiply(
+                wait_for(counter_ptr, (done + 1) * programs)
+            multiply(
                 w, scale, cos, sin, codes_ptr, act_scale_ptr, qkv, scales, cos_ptr, sin_ptr, heads_ptr, tokens, HEAD, W,
                 BM, QKV_COLUMNS, D, INTERPRETED,
             )  # fmt: skip
             if ALL:
-                _arrive(counter_ptr)
+                arrive(counter_ptr)
         if ALL or OPERATION == 2:
             keys, values = keys_ptr + cached, values_ptr + cached
-            k, v, seen = _read_keys(keys, values, visible_ptr, program, blocks, prefix, D, KEYS, SPLITS, VISIBLE)
+            k, v, seen = read_keys(keys, values, visible_ptr, program, blocks, prefix, D, KEYS, SPLITS, VISIBLE)
             if ALL:
-                _wait(counter_ptr, (done + 2) * programs)
+                wait_for(counter_ptr, (done + 2) * programs)
             for unit in range(program, blocks * SPLITS * batches, programs):
-                _attend(
+                attend(
                     k, v, seen, heads_ptr, sums_ptr, parts_ptr, unit, blocks, prefix, length, SCALE, HEADS, D, ROWS,
                     KEYS, SPLITS, SHARED, STATE_FIRST, EXACT,
                 )  # fmt: skip
                 later = unit + programs
-                k, v, seen = _read_keys(keys, values, visible_ptr, later, blocks, prefix, D, KEYS, SPLITS, VISIBLE)
+                k, v, seen = read_keys(keys, values, visible_ptr, later, blocks, prefix, D, KEYS, SPLITS, VISIBLE)
             if ALL:
-                _arrive(counter_ptr)
+                arrive(counter_ptr)
         if ALL or OPERATION == 3:
             if ALL:
-                _wait(counter_ptr, (done + 3) * programs)
+                wait_for(counter_ptr, (done + 3) * programs)
             for token in range(program, tokens, programs):
                 combine_token(
                     token, codes_ptr, act_scale_ptr, act_scale_ptr, sums_ptr, parts_ptr, blocks * ROWS, length, SPLITS,
                     HEADS, PADDED, D, y_ptr.dtype.element_ty, ROW_SUM=False,
                 )  # fmt: skip
             if ALL:
-                _arrive(counter_ptr)
+                arrive(counter_ptr)
         if ALL or OPERATION == 4:
-            w = _weights(o, program, W, HEADS * D, COLUMNS, O_PARTS)
+            w = read_part(o, program, W, HEADS * D, COLUMNS, O_PARTS)
             if ALL:
-                _wait(counter_ptr, (done + 4) * programs)
-            _sum_up(w, codes_ptr, o, all_sums_ptr, tokens, W, HEADS * D, BM, COLUMNS, O_PARTS, INTERPRETED)
+                wait_for(counter_ptr, (done + 4) * programs)
+            sum_up(w, codes_ptr, o, all_sums_ptr, tokens, W, HEADS * D, BM, COLUMNS, O_PARTS, INTERPRETED)
             if ALL:
-                _arrive(counter_ptr)
+                arrive(counter_ptr)
         if ALL or OPERATION == 5:
-            source = _source(up_permutation_ptr, layer, W, UP_PERMUTE)
+            source = read_permutation(up_permutation_ptr, layer, W, UP_PERMUTE)
             scale, shift = read_modulation(
                 norm + NORM, norm + NORM + W, channel, channel < W, SCALE=True, SHIFT=ADAPTIVE
             )
-            factor, gate = _factors(o_scale_ptr, norm + 2 * W, layer, channel, pending=True, W=W, GATE=ADAPTIVE)
+            factor, gate = read_factors(o_scale_ptr, norm + 2 * W, layer, channel, pending=True, W=W, GATE=ADAPTIVE)
             if ALL:
-                _wait(counter_ptr, (done + 5) * programs)
+                wait_for(counter_ptr, (done + 5) * programs)
             for row in range(program, tokens, programs):
-                x = _added(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, pending=True, W=W)
-                x = _normed(row, x, scale, shift, source, normed_ptr, W, UP_PERMUTE, EPS)
-                _transform(row, x, codes_ptr, act_scale_ptr, tokens, W, UP_BLOCK, EXACT)
+                x = add_sums(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, pending=True, W=W)
+                x = norm_row(row, x, scale, shift, source, normed_ptr, W, UP_PERMUTE, EPS)
+                round_row(row, x, codes_ptr, act_scale_ptr, tokens, W, UP_BLOCK, EXACT)
             if ALL:
-                _arrive(counter_ptr)
+                arrive(counter_ptr)
         if ALL or OPERATION == 6:
             scales = up_scale_ptr + layer * (2 * MLP)
-            w, scale, cos, sin = _read_ahead(
+            w, scale, cos, sin = read_ahead(
                 up, scales, cos_ptr, sin_ptr, program, tokens, 2 * MLP, W, BM, UP_COLUMNS, 0
             )  # fmt: skip
             if ALL:
-                _wait(counter_ptr, (done + 6) * programs)
-            _multiply(
+                wait_for(counter_ptr, (done + 6) * programs)
+            multiply(
                 w, scale, cos, sin, codes_ptr, act_scale_ptr, up, scales, cos_ptr, sin_ptr, hidden_ptr, tokens, 2 * MLP,
                 W, BM, UP_COLUMNS, 0, INTERPRETED,
             )  # fmt: skip
             if ALL:
-                _arrive(counter_ptr)
+                arrive(counter_ptr)
         if ALL or OPERATION == 7:
-            source = _source(down_permutation_ptr, layer, MLP, DOWN_PERMUTE)
+            source = read_permutation(down_permutation_ptr, layer, MLP, DOWN_PERMUTE)
             if ALL:
-                _wait(counter_ptr, (done + 7) * programs)
+                wait_for(counter_ptr, (done + 7) * programs)
             for row in range(program, tokens, programs):
                 x = gated(hidden_ptr + row * (2 * MLP), source, source >= 0, MLP, GEGLU=True)
-                _transform(row, x, codes_ptr, act_scale_ptr, tokens, MLP, DOWN_BLOCK, EXACT)
+                round_row(row, x, codes_ptr, act_scale_ptr, tokens, MLP, DOWN_BLOCK, EXACT)
             if ALL:
-                _arrive(counter_ptr)
+                arrive(counter_ptr)
         if ALL or OPERATION == 8:
-            w = _weights(down, program, W, MLP, COLUMNS, DOWN_PARTS)
+            w = read_part(down, program, W, MLP, COLUMNS, DOWN_PARTS)
             if ALL:
-                _wait(counter_ptr, (done + 8) * programs)
-            _sum_up(w, codes_ptr, down, all_sums_ptr, tokens, W, MLP, BM, COLUMNS, DOWN_PARTS, INTERPRETED)
+                wait_for(counter_ptr, (done + 8) * programs)
+            sum_up(w, codes_ptr, down, all_sums_ptr, tokens, W, MLP, BM, COLUMNS, DOWN_PARTS, INTERPRETED)
             if ALL:
-                _arrive(counter_ptr)
+                arrive(counter_ptr)
     if ALL or OPERATION == 9:
         gate_ptr = norms_ptr + last * (2 * NORM) - W
-        factor, gate = _factors(down_scale_ptr, gate_ptr, last - 1, channel, pending=True, W=W, GATE=ADAPTIVE)
+        factor, gate = read_factors(down_scale_ptr, gate_ptr, last - 1, channel, pending=True, W=W, GATE=ADAPTIVE)
         if ALL:
-            _wait(counter_ptr, (last - first) * 9 * programs)
+            wait_for(counter_ptr, (last - first) * 9 * programs)
         for row in range(program, tokens, programs):
-            _added(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, pending=True, W=W)
+            add_sums(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, pending=True, W=W)

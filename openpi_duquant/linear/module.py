@@ -149,6 +149,12 @@ class QuantLinear(nn.Module):
         self._release()
         super()._load_from_state_dict(*args)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without what else may lie in the memory of its tensors: those of other layers, see `engine.stack`."""
+        state = super().__getstate__()
+        buffers = {name: tensor if tensor is None else tensor.clone() for name, tensor in self._buffers.items()}
+        return state | {"_buffers": buffers}
+
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         if self.running is not None:  # in a new process its kernels are not loaded yet
