@@ -75,7 +75,7 @@ KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
         persistent_triton._layers,
         {
             "W": 1024, "MLP": 4096, "HEADS": 8, "PADDED": 8, "D": 256, "BM": 16, "ROWS": 16, "KEYS": 32, "SPLITS": 18,
-            "SHARED": 17, "ADAPTIVE": True, "VISIBLE": True, "STATE_FIRST": False, "EPS": 1e-6, "SCALE": 0.1,
+            "ADAPTIVE": True, "VISIBLE": True, "STATE_FIRST": False, "EPS": 1e-6, "SCALE": 0.1,
             "EXACT": False, "INTERPRETED": False, "QKV_COLUMNS": 32, "QKV_PERMUTE": True, "QKV_BLOCK": 64,
             "UP_COLUMNS": 64, "UP_PERMUTE": True, "UP_BLOCK": 64, "DOWN_PERMUTE": False, "DOWN_BLOCK": 64,
             "COLUMNS": 64, "O_PARTS": 8, "DOWN_PARTS": 8, "OPERATION": -1, "o_permutation_ptr": None,

@@ -142,21 +142,23 @@ def _launch(
 
 
 @triton.jit
-def _combined(sums_ptr, parts_ptr, row, known, padded_rows, SPLITS: tl.constexpr, D: tl.constexpr):
-    """Rows [R, D] fp32 from their partial sums (as FlashDecoding, Dao et al. 2023); `row` is where the first lie."""
+def _combined(sums_ptr, parts_ptr, row, known, padded_rows, splits, SPLITS: tl.constexpr, D: tl.constexpr):
+    """Rows [R, D] fp32 from their partial sums (as FlashDecoding, Dao et al. 2023); `row` is where the first lie. There
+    are `splits`, of at most SPLITS."""
     lane = tl.arange(0, D)[None, :]
     highest = tl.load(parts_ptr + 2 * row, mask=known, other=0.0)
     for split in tl.static_range(1, SPLITS):
-        best = tl.load(parts_ptr + 2 * (row + split * padded_rows), mask=known, other=0.0)
+        there = known & (tl.full(row.shape, split, tl.int32) < splits)
+        best = tl.load(parts_ptr + 2 * (row + split * padded_rows), mask=there, other=float("-inf"))
         highest = tl.maximum(highest, best)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.zeros_like(highest)
     y = tl.zeros((row.shape[0], D), tl.float32)
     for split in tl.static_range(SPLITS):
-        at = row + split * padded_rows
-        weight = tl.exp2(tl.load(parts_ptr + 2 * at, mask=known, other=0.0) - highest)
-        total += weight * tl.load(parts_ptr + 2 * at + 1, mask=known, other=0.0)
-        y += weight[:, None] * tl.load(sums_ptr + at[:, None] * D + lane, mask=known[:, None], other=0.0)
+        at, there = row + split * padded_rows, known & (tl.full(row.shape, split, tl.int32) < splits)
+        weight = tl.exp2(tl.load(parts_ptr + 2 * at, mask=there, other=float("-inf")) - highest)
+        total += weight * tl.load(parts_ptr + 2 * at + 1, mask=there, other=0.0)
+        y += weight[:, None] * tl.load(sums_ptr + at[:, None] * D + lane, mask=there[:, None], other=0.0)
     return y / tl.where(total > 0, total, 1.0)[:, None]
 
 
@@ -166,7 +168,7 @@ def _combine(
 ):  # fmt: skip
     """One row from its partial sums."""
     row, batch = tl.program_id(0) + tl.arange(0, 1), tl.program_id(1).to(tl.int64)
-    y = _combined(sums_ptr, parts_ptr, batch * SPLITS * padded_rows + row, row < rows, padded_rows, SPLITS, D)
+    y = _combined(sums_ptr, parts_ptr, batch * SPLITS * padded_rows + row, row < rows, padded_rows, SPLITS, SPLITS, D)
     at = (batch * rows + row)[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty))
 
@@ -179,20 +181,21 @@ def _combine_quantized(
     """A token a program."""
     combine_token(
         tl.program_id(0), codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, padded_rows, length, SPLITS,
-        HEADS, PADDED, D, DTYPE, ROW_SUM=True,
+        SPLITS, HEADS, PADDED, D, DTYPE, ROW_SUM=True,
     )  # fmt: skip
 
 
 @triton.jit
 def combine_token(
-    token, codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, padded_rows, length, SPLITS: tl.constexpr,
-    HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr, ROW_SUM: tl.constexpr,
+    token, codes_ptr, act_scale_ptr, row_sum_ptr, sums_ptr, parts_ptr, padded_rows, length, splits,
+    SPLITS: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
+    ROW_SUM: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token from their partial sums, rounded to DTYPE and then to int8."""
     token = tl.cast(token, tl.int64)
     head = tl.arange(0, PADDED)
     row = token // length * SPLITS * padded_rows + token % length * HEADS + head
-    y = _combined(sums_ptr, parts_ptr, row, head < HEADS, padded_rows, SPLITS, D).to(DTYPE).to(tl.float32)
+    y = _combined(sums_ptr, parts_ptr, row, head < HEADS, padded_rows, splits, SPLITS, D).to(DTYPE).to(tl.float32)
     codes, act_scale = quantize_rows(tl.reshape(y, (1, PADDED * D)), 1.0)
     k = tl.arange(0, PADDED * D)[None, :]
     tl.store(codes_ptr + token * HEADS * D + k, codes, mask=k < HEADS * D)

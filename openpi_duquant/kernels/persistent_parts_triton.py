@@ -150,13 +150,13 @@ def multiply(
 
 @triton.jit
 def read_keys(
-    keys_ptr, values_ptr, visible_ptr, unit, blocks, prefix, D: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    keys_ptr, values_ptr, visible_ptr, unit, blocks, splits, prefix, D: tl.constexpr, KEYS: tl.constexpr,
     VISIBLE: tl.constexpr,
 ):  # fmt: skip
     """Cached keys and values [KEYS, D] of a unit, and which of them are seen; the prefix has no more than the splits
     before those of the queries' own keys."""
-    key = unit // blocks % SPLITS * KEYS + tl.arange(0, KEYS)
-    token = unit // (blocks * SPLITS) * prefix + key
+    key = unit // blocks % splits * KEYS + tl.arange(0, KEYS)
+    token = unit // (blocks * splits) * prefix + key
     at = token[:, None] * D + tl.arange(0, D)[None, :]
     known = key < prefix
     k = tl.load(keys_ptr + at, mask=known[:, None], other=0.0)
@@ -166,21 +166,21 @@ def read_keys(
 
 @triton.jit
 def attend(
-    k, v, seen, heads_ptr, sums_ptr, parts_ptr, unit, blocks, prefix, length, scale, HEADS: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr,
-    STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
+    k, v, seen, heads_ptr, sums_ptr, parts_ptr, unit, blocks, splits, shared, length, scale, HEADS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, STATE_FIRST: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Softmax over one part of the keys, for some pairs of a query and a head, see `attention_triton`."""
     WIDTH: tl.constexpr = (HEADS + 2) * D
-    block, split, element = unit % blocks, unit // blocks % SPLITS, unit // (blocks * SPLITS)
+    block, split, element = unit % blocks, unit // blocks % splits, unit // (blocks * splits)
     row, lane = block * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     query = row // HEADS
     tokens_ptr = heads_ptr + element * length * WIDTH
     at = query[:, None] * WIDTH + (row % HEADS)[:, None] * D + lane[None, :]
     q = tl.load(tokens_ptr + at, mask=(query < length)[:, None], other=0.0)
     seen = seen[None, :] & (query < length)[:, None]
-    if split >= SHARED:
-        key = (split - SHARED) * KEYS + tl.arange(0, KEYS)
+    if split >= shared:
+        key = (split - shared) * KEYS + tl.arange(0, KEYS)
         own = tokens_ptr + key[:, None] * WIDTH + HEADS * D + lane[None, :]
         k = tl.load(own, mask=(key < length)[:, None], other=0.0)
         v = tl.load(own + D, mask=(key < length)[:, None], other=0.0)

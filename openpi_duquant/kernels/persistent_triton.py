@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 OPERATIONS = 9
 """Of a layer, each of which reads what the one before wrote."""
 
+_SPLITS = 6  # the kernel is compiled for multiples of so many parts of the keys
 _ROWS = 16  # pairs of a query and a head that attention has in a tile
 _FEWEST_CHANNELS = 32  # bytes of weights that the tensor cores take at once
 
@@ -70,7 +71,8 @@ def launch(
         step = shape_for(length * heads, prefix, exact=exact, shared_memory=memory).keys
     blocks, shared = triton.cdiv(length * heads, _ROWS), triton.cdiv(prefix, step)
     splits = shared + triton.cdiv(length, step)
-    parts = batch, splits, blocks * _ROWS
+    most = triton.cdiv(splits, _SPLITS) * _SPLITS
+    parts = batch, most, blocks * _ROWS
     fp32 = {"dtype": torch.float32}
     scratch = (
         y.new_empty(tokens, max(mlp, heads * head, width), dtype=torch.int8), y.new_empty(tokens, 1, **fp32),
@@ -81,12 +83,12 @@ def launch(
     matrices = stack.qkv, stack.o, stack.gate_up, stack.down
     operands = (
         y, zeros, zeros[-1:], *(part for matrix in matrices for part in matrix[:3]), norms, keys, values, visible, cos,
-        sin, *scratch, tokens, length, batch, prefix, blocks,
+        sin, *scratch, tokens, length, batch, prefix, blocks, splits, shared,
     )  # fmt: skip
     columns = 64 if width % 64 == 0 and programs >= 64 else 16
     constants = {
         "W": width, "MLP": mlp, "HEADS": heads, "PADDED": triton.next_power_of_2(heads), "D": head,
-        "BM": max(16, triton.next_power_of_2(tokens)), "ROWS": _ROWS, "KEYS": step, "SPLITS": splits, "SHARED": shared,
+        "BM": max(16, triton.next_power_of_2(tokens)), "ROWS": _ROWS, "KEYS": step, "SPLITS": most,
         "ADAPTIVE": norms.shape[-1] == 3 * width, "VISIBLE": visible is not None, "STATE_FIRST": state_first,
         "EPS": NORM_EPS, "SCALE": head**-0.5 * math.log2(math.e), "EXACT": exact, "INTERPRETED": interpreted,
         "QKV_COLUMNS": min(_columns(stack.qkv, programs), head), "UP_COLUMNS": _columns(stack.gate_up, programs),
@@ -116,14 +118,14 @@ def _parts(matrix: "Matrix", columns: int, programs: int) -> int:
     return 1 << (most.bit_length() - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "length", "batches", "prefix", "blocks", "splits", "shared", "first", "last"))
 def _layers(
     y_ptr, all_sums_ptr, counter_ptr, qkv_ptr, qkv_scale_ptr, qkv_permutation_ptr, o_ptr, o_scale_ptr,
     o_permutation_ptr, up_ptr, up_scale_ptr, up_permutation_ptr, down_ptr, down_scale_ptr, down_permutation_ptr,
     norms_ptr, keys_ptr, values_ptr, visible_ptr, cos_ptr, sin_ptr, codes_ptr, act_scale_ptr, heads_ptr, sums_ptr,
-    parts_ptr, hidden_ptr, normed_ptr, tokens, length, batches, prefix, blocks, first, last,
+    parts_ptr, hidden_ptr, normed_ptr, tokens, length, batches, prefix, blocks, splits, shared, first, last,
     W: tl.constexpr, MLP: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr, ADAPTIVE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, ADAPTIVE: tl.constexpr,
     VISIBLE: tl.constexpr, STATE_FIRST: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
     INTERPRETED: tl.constexpr, QKV_COLUMNS: tl.constexpr, QKV_PERMUTE: tl.constexpr, QKV_BLOCK: tl.constexpr,
     UP_COLUMNS: tl.constexpr, UP_PERMUTE: tl.constexpr, UP_BLOCK: tl.constexpr, DOWN_PERMUTE: tl.constexpr,
@@ -180,16 +182,16 @@ def _layers(
                 arrive(counter_ptr)
         if ALL or OPERATION == 2:
             keys, values = keys_ptr + cached, values_ptr + cached
-            k, v, seen = read_keys(keys, values, visible_ptr, program, blocks, prefix, D, KEYS, SPLITS, VISIBLE)
+            k, v, seen = read_keys(keys, values, visible_ptr, program, blocks, splits, prefix, D, KEYS, VISIBLE)
             if ALL:
                 wait_for(counter_ptr, (done + 2) * programs)
-            for unit in range(program, blocks * SPLITS * batches, programs):
+            for unit in range(program, blocks * splits * batches, programs):
                 attend(
-                    k, v, seen, heads_ptr, sums_ptr, parts_ptr, unit, blocks, prefix, length, SCALE, HEADS, D, ROWS,
-                    KEYS, SPLITS, SHARED, STATE_FIRST, EXACT,
+                    k, v, seen, heads_ptr, sums_ptr, parts_ptr, unit, blocks, splits, shared, length, SCALE, HEADS,
+                    D, ROWS, KEYS, SPLITS, STATE_FIRST, EXACT,
                 )  # fmt: skip
                 later = unit + programs
-                k, v, seen = read_keys(keys, values, visible_ptr, later, blocks, prefix, D, KEYS, SPLITS, VISIBLE)
+                k, v, seen = read_keys(keys, values, visible_ptr, later, blocks, splits, prefix, D, KEYS, VISIBLE)
             if ALL:
                 arrive(counter_ptr)
         if ALL or OPERATION == 3:
@@ -197,8 +199,8 @@ def _layers(
                 wait_for(counter_ptr, (done + 3) * programs)
             for token in range(program, tokens, programs):
                 combine_token(
-                    token, codes_ptr, act_scale_ptr, act_scale_ptr, sums_ptr, parts_ptr, blocks * ROWS, length, SPLITS,
-                    HEADS, PADDED, D, y_ptr.dtype.element_ty, ROW_SUM=False,
+                    token, codes_ptr, act_scale_ptr, act_scale_ptr, sums_ptr, parts_ptr, blocks * ROWS, length, splits,
+                    SPLITS, HEADS, PADDED, D, y_ptr.dtype.element_ty, ROW_SUM=False,
                 )  # fmt: skip
             if ALL:
                 arrive(counter_ptr)
