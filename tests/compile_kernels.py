@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 import triton.language as tl
 
 from openpi_duquant.kernels import attention_triton
+from openpi_duquant.kernels import denoising_triton
 from openpi_duquant.kernels import epilogue_triton
 from openpi_duquant.kernels import layer_norm_triton
 from openpi_duquant.kernels import matmul_triton
@@ -27,10 +28,10 @@ TYPES = {
     "o_scale_ptr": "*fp32", "up_scale_ptr": "*fp32", "down_scale_ptr": "*fp32", "qkv_permutation_ptr": "*i64",
     "up_permutation_ptr": "*i64", "norms_ptr": "*fp32", "all_sums_ptr": "*i32", "counter_ptr": "*i32",
     "accumulators": "*i32", "act_scale": "*fp32", "weight_scale": "*fp32", "row_sum": "*i32", "bias": "*bf16",
-    "matrices": "*bf16", "out": "*bf16",
+    "matrices": "*bf16", "out": "*bf16", "actions_ptr": "*fp32",
     "shift_ptr": "*fp32", "gate_ptr": "*fp32", "sums_ptr": "*fp32", "parts_ptr": "*fp32", "scale": "fp32",
 }  # fmt: skip
-"""Of parameters; other pointers are to bf16, other numbers i32."""
+"""Of parameters, unless a kernel gives its own; other pointers are to bf16, other numbers i32."""
 
 _TRANSFORM = {
     "GEGLU": False, "NORM": True, "SCALE": True, "SHIFT": True, "PERMUTE": True, "FLOAT32": False, "EPS": 1e-6,
@@ -40,6 +41,7 @@ _MATMUL = {
     "BN": 64, "BK": 128, "GROUP": 1, "K": 512, "INT4": True, "BIAS": False, "HADAMARD": False, "BLOCK": 0, "GAIN": 1.0,
     "HEAD": 0, "RESIDUAL": True, "GATE": True, "EXACT": False, "INTERPRETED": False,
 }  # fmt: skip
+_FLOAT32 = {"weight_ptr": "*fp32", "bias_ptr": "*fp32"}
 _ROTARY = {"HEAD": 256, "RESIDUAL": False, "GATE": False}
 KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
     "row": (
@@ -52,6 +54,14 @@ KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
     "matmul, rotary": (matmul_triton._matmul, _MATMUL | _ROTARY | {"BM": 16}),
     "rotary": (rotary_triton._rotary, {"HEADS": 9, "PADDED": 16, "HALF": 128}),
     "layer norm": (layer_norm_triton._add_layer_norm, {"EPS": 1e-6, "WIDTH": 1152, "PADDED": 2048}),
+    "embed actions": (
+        denoising_triton._embed_actions,
+        {"WIDTH": 1024, "CHANNELS": 32, "PADDED": 32, "OUTPUTS": 64} | _FLOAT32,
+    ),
+    "euler step": (
+        denoising_triton._euler_step,
+        {"WIDTH": 1024, "CHANNELS": 32, "PADDED": 1024, "OUTPUTS": 4, "EPS": 1e-6} | _FLOAT32,
+    ),
     "attend": (
         attention_triton._attend,
         {
@@ -87,9 +97,11 @@ KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
 
 def ptx(name: str, architecture: int) -> str:
     """The PTX of a kernel for an architecture such as 90."""
-    kernel, constants = KERNELS[name]
+    kernel, given = KERNELS[name]
+    own = {parameter: value for parameter, value in given.items() if isinstance(value, str)}
+    constants = {parameter: value for parameter, value in given.items() if parameter not in own}
     known = [parameter for parameter in kernel.arg_names if parameter not in constants]
-    types = {parameter: TYPES.get(parameter, "*bf16" if parameter.endswith("_ptr") else "i32") for parameter in known}
+    types = {p: (TYPES | own).get(p, "*bf16" if p.endswith("_ptr") else "i32") for p in known}
     signature = {parameter: types.get(parameter, "constexpr") for parameter in kernel.arg_names}
     places = {(kernel.arg_names.index(parameter),): value for parameter, value in constants.items()}
     source = ASTSource(kernel, signature, places)

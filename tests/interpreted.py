@@ -60,6 +60,22 @@ def _add_layer_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps:
     return outputs
 
 
+def _embed_actions(actions: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    from openpi_duquant.kernels import denoising_triton  # noqa: PLC0415
+
+    out = actions.new_empty(*actions.shape[:2], len(weight), dtype=dtype)
+    denoising_triton.launch_embed(out, actions, weight, bias)
+    return out
+
+
+def _euler_step(x: Tensor, *operands: object) -> Tensor:
+    from openpi_duquant.kernels import denoising_triton  # noqa: PLC0415
+
+    out = torch.empty_like(operands[-2])
+    denoising_triton.launch_step(out, x, *operands)
+    return out
+
+
 def _attend(q: Tensor, *operands: object) -> Tensor:
     from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
 
@@ -88,6 +104,9 @@ def fused_transform(x: Tensor, given: Transform, prologue: Prologue = NO_PROLOGU
 def operators() -> Iterator[None]:
     """Gives the operators their CPU versions."""
     with torch.library._scoped_library("openpi_duquant", "FRAGMENT") as library:
-        for run in (_fused_transform, _triton_matmul, _epilogue, _rotary, _add_layer_norm, _attend, _attend_quantized):
+        for run in (
+            _fused_transform, _triton_matmul, _epilogue, _rotary, _add_layer_norm, _embed_actions, _euler_step,
+            _attend, _attend_quantized,
+        ):  # fmt: skip
             library.impl(run.__name__.removeprefix("_"), run, "CPU")
         yield

@@ -279,7 +279,7 @@ class ActionExpert(nn.Module):
             state_first: The first token is a state's, which looks at no other of the suffix.
 
         Returns:
-            [B, S, W].
+            [B, S, W], what leaves the last layer: `norm` is not applied.
         """
         alone = persistent.takes(x, rotation[0].shape[-1]) and not profiling.is_active()
         if alone and self._stack is not None:
@@ -289,4 +289,4 @@ class ActionExpert(nn.Module):
             for index, (layer, *own) in enumerate(zip(self.layers, *cached, strict=True)):
                 modulation = modulations[2 * index : 2 * index + 2]
                 x, _ = layer(x, rotation, visible, own, modulation, state_first=state_first)
-        return self.norm.prologue(modulations[-1])[0].apply(x)
+        return x

@@ -29,6 +29,8 @@ from openpi_duquant.engine.observation import preprocess
 from openpi_duquant.engine.placement import HostEmbedding
 from openpi_duquant.engine.placement import HostLinear
 from openpi_duquant.engine.siglip import VisionModel
+from openpi_duquant.kernels import denoising
+from openpi_duquant.kernels.reference import Prologue
 
 
 class Policy(nn.Module, abc.ABC):
@@ -170,15 +172,26 @@ class Policy(nn.Module, abc.ABC):
         self, cached: KeyValue, visible: Tensor, state: Tensor | None, noise: Tensor, schedule: Tensor
     ) -> Tensor:
         """Integrates the velocity field from noise [B, S, A] at time 1 to actions at time 0 (Euler)."""
-        horizon, state_first = noise.shape[1], state is not None
-        places = torch.arange(horizon + state_first, device=noise.device)
+        state_first = state is not None
+        places = torch.arange(noise.shape[1] + state_first, device=noise.device)
         rotation = rotary(visible.sum(1, keepdim=True) + places, self.architecture.expert.head_dim, self.dtype)
         actions = noise
         for entry in schedule:
             x, modulations = self.embed_suffix(state, actions, entry)
             x = self.expert(x.to(self.dtype), rotation, visible, cached, modulations, state_first=state_first)
-            actions = actions - self.action_out_proj(x[:, -horizon:].float()) / len(schedule)
+            actions = self.euler_step(x, self.expert.norm.prologue(modulations[-1])[0], actions, len(schedule))
         return actions
+
+    def euler_step(self, x: Tensor, norm: Prologue, actions: Tensor, steps: int) -> Tensor:
+        """Actions [B, S, A] fp32 after a step, by what the expert's layers made, x [B, S or 1 + S, W]."""
+        head = self.action_out_proj
+        if self._fuses(head):
+            return denoising.euler_step(x, norm, head.weight, head.bias, actions, steps)
+        return actions - head(norm.apply(x[:, -actions.shape[1] :]).float()) / steps
+
+    def _fuses(self, head: nn.Module) -> bool:
+        """Whether a head may be part of a kernel: nobody watches those of optimized policies, see `optimize_`."""
+        return self.graphs is not None and type(head) is nn.Linear
 
     @abc.abstractmethod
     def schedule(self, num_steps: int) -> Tensor:
@@ -225,7 +238,10 @@ class Pi05Policy(Policy):
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Embedded actions [B, S, W], and the modulations that the schedule gives this step."""
         del state
-        return self.action_in_proj(actions), entry
+        head = self.action_in_proj
+        if self._fuses(head):
+            return denoising.embed_actions(actions, head.weight, head.bias, self.dtype), entry
+        return head(actions), entry
 
     def read_state(self, state: Tensor | None, batch: int) -> None:
         """None: the state, if used at all, is part of the prompt."""

@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 
+import interpreted
 import pytest
 from tiny import TINY
 from tiny import random_state
 import torch
 from torch import Tensor
+from torch import nn
 
 from openpi_duquant import synthetic
 from openpi_duquant.accuracy import relative_error
@@ -22,6 +24,8 @@ from openpi_duquant.engine import Observation
 from openpi_duquant.engine import Policy
 from openpi_duquant.engine import assemble
 from openpi_duquant.engine import build_policy
+from openpi_duquant.kernels import denoising
+from openpi_duquant.kernels.reference import Prologue
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["pi05", "pi0"])
@@ -92,6 +96,47 @@ def test_a_constant_velocity_is_integrated_from_one_to_zero(policy: Policy, num_
         head.weight.copy_(weight)
         head.bias.copy_(bias)
     torch.testing.assert_close(actions, noise - torch.linspace(-1, 1, 32))
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+def test_an_optimized_step_begins_and_ends_in_a_kernel_each(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the definitions call the operators themselves; here they run in the interpreter."""
+    (first, noise), (second, other) = observe(0), observe(1)
+    given = joined(first, second), torch.cat((noise, other))
+    expected = policy.sample_actions(*given, num_steps=3)
+    optimized, called = copy.deepcopy(policy), []
+    optimized.optimize_()
+
+    def embed_actions(*operands: object) -> Tensor:
+        called.append("embed")
+        return interpreted._embed_actions(*operands)
+
+    def euler_step(x: Tensor, norm: Prologue, *operands: object) -> Tensor:
+        called.append("step")
+        return interpreted._euler_step(x, norm.scale, norm.shift, *operands)
+
+    for run in (embed_actions, euler_step):
+        monkeypatch.setattr(denoising, run.__name__, run)
+    actual = optimized.sample_actions(*given, num_steps=3)
+    assert called == (["embed", "step"] if policy.architecture.pi05 else ["step"]) * 3
+    assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["action_in_proj", "action_out_proj"])
+def test_heads_that_are_more_than_a_matrix_are_called(policy: Policy, name: str) -> None:
+    """Quantized ones, say."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    observation, noise = observe()
+    optimized = copy.deepcopy(policy)
+    optimized.optimize_()
+    before = optimized.sample_actions(observation, noise)
+    optimized.get_submodule(name).__class__ = Doubled
+    assert relative_error(optimized.sample_actions(observation, noise), before) > 1e-2
 
 
 def test_the_engine_leaves_out_only_what_nothing_reads() -> None:

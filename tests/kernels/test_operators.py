@@ -83,6 +83,16 @@ def test_the_layer_norm() -> None:
         torch.library.opcheck(OPERATORS.add_layer_norm.default, (*given, 1e-6))
 
 
+def test_the_ends_of_a_denoising_step() -> None:
+    actions = torch.randn(2, 3, 7, device=DEVICE)
+    into, out = torch.randn(72, 7, device=DEVICE), torch.randn(7, 72, device=DEVICE)
+    torch.library.opcheck(OPERATORS.embed_actions.default, (actions, into, into[:, 0].contiguous(), DTYPE))
+    scale = torch.randn(72, device=DEVICE)
+    for norm in ((None, None), (scale, None), (scale, scale)):
+        given = random(2, 4, 72), *norm, out, out[:, 0].contiguous(), actions, 10
+        torch.library.opcheck(OPERATORS.euler_step.default, given)
+
+
 def test_attention() -> None:
     q, k, v = random(2, 3, 8, 16), random(2, 13, 16), random(2, 13, 16)
     visible, own = torch.rand(2, 13, device=DEVICE) < 0.6, (random(2, 3, 16), random(2, 3, 16))
