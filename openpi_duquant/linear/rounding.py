@@ -1,5 +1,7 @@
 """Weights of one group to codes: to the nearest, or by GPTQ where the inputs are known."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -93,3 +95,24 @@ def fit_feedback(
         codes = gptq.gptq(trial, scale, bits, feedback(halves[0], share))
         errors[share] = gptq.output_error(trial - quant.dequantize_weight(codes, scale), held_out).sum().item()
     return feedback(moment.whole, min(errors, key=errors.__getitem__))
+
+
+def round_together(
+    weights: Sequence[Tensor], scales: Sequence[Tensor], bits: int, feedback: Feedback | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Codes and scales of weights that read the same inputs: by GPTQ, all at once, or to the nearest.
+
+    Args:
+        weights: [N_i, K], transformed.
+        scales: [N_i, G] fp32, of each.
+        bits: 4 or 8.
+        feedback: Of the inputs. None: to the nearest.
+
+    Returns:
+        For each weight [N_i, K] int8 and [N_i, G] fp32.
+    """
+    if feedback is None:
+        return [(quant.quantize_weight(weight, scale, bits), scale) for weight, scale in zip(weights, scales)]
+    sizes = [len(weight) for weight in weights]
+    codes, scale = gptq.fitted_gptq(torch.cat(weights), torch.cat(scales), bits, feedback)
+    return list(zip(codes.split(sizes), scale.split(sizes)))
