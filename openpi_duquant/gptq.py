@@ -179,6 +179,26 @@ def _round_block(
         torch.addcmul(value, code, scale, value=-1, out=error)
 
 
+def error_to_expect(rounding: Tensor, feedback: Feedback) -> Tensor:
+    """The error that GPTQ leaves of a weight, if rounding the channels in turn leaves these errors.
+
+    Channel k is rounded once `sum_{j>k} E_j L_jk / L_kk` has been added: what rounding leaves is E times the factors.
+    It looks like what rounding to nearest leaves, so that the error is known without rounding channel after channel.
+
+    Args:
+        rounding: [N, K] fp32, for example of the same weight rounded to nearest.
+        feedback: Of the inputs.
+
+    Returns:
+        [N, K] fp32, E = W - Q.
+    """
+    error = torch.empty_like(rounding)
+    error[:, feedback.order] = torch.linalg.solve_triangular(
+        feedback.factors, rounding[:, feedback.order], upper=False, left=False, unitriangular=True
+    )
+    return error
+
+
 def output_error(error: Tensor, moment: Tensor) -> Tensor:
     """The diagonal of E H E^T: the mean squared error of every output, over inputs.
 

@@ -74,8 +74,8 @@ def fit_feedback(
         transform: Of the inputs.
         weight: [N, K], transformed; some of its rows try the dampenings out.
         bits: 4 or 8.
-        dampening: See `gptq.dampened`. None: that of `DAMPENINGS` with which half of the samples gives the least error
-            on the other half; with a single sample, the middle one.
+        dampening: See `gptq.dampened`. None: that of `DAMPENINGS` with which half of the samples lets expect the least
+            error on the other half; with a single sample, the middle one.
 
     Raises:
         DuQuantError: As `gptq.dampened` and `gptq.error_feedback`.
@@ -90,10 +90,11 @@ def fit_feedback(
     held_out = transform.of_moment(halves[1].double()).float()
     trial = weight[:: -(-len(weight) // _TRIAL_ROWS)]
     scale = quant.weight_scale(trial, bits)
+    rounding = trial - quant.dequantize_weight(quant.quantize_weight(trial, scale, bits), scale)
     errors = {}
     for share in DAMPENINGS:
-        codes = gptq.gptq(trial, scale, bits, feedback(halves[0], share))
-        errors[share] = gptq.output_error(trial - quant.dequantize_weight(codes, scale), held_out).sum().item()
+        error = gptq.error_to_expect(rounding, feedback(halves[0], share))
+        errors[share] = gptq.output_error(error, held_out).sum().item()
     return feedback(moment.whole, min(errors, key=errors.__getitem__))
 
 
