@@ -74,8 +74,8 @@ def fit_feedback(
         transform: Of the inputs.
         weight: [N, K], transformed; some of its rows try the dampenings out.
         bits: 4 or 8.
-        dampening: See `gptq.dampened`. None: that of `DAMPENINGS` with which half of the samples lets expect the least
-            error on the other half; with a single sample, the middle one.
+        dampening: See `gptq.dampened`. None: that of `DAMPENINGS` which, fitted to half of the samples, has the least
+            error to expect on the other half; with a single sample, the middle one.
 
     Raises:
         DuQuantError: As `gptq.dampened` and `gptq.error_feedback`.
