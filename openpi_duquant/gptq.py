@@ -17,7 +17,6 @@ from torch import Tensor
 
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.quant import code_range
-from openpi_duquant.quant import dequantize_weight
 
 _BLOCK = 128
 """Channels whose errors reach the others in one matmul."""
@@ -100,32 +99,8 @@ def gptq(weight: Tensor, scale: Tensor, bits: int, feedback: Feedback, *, descen
     Returns:
         [N, K] int8 within `code_range(bits)`.
     """
-    order, factors, moment = feedback
-    values, scales = weight.float().T[order], scale.T[order // (weight.shape[1] // scale.shape[1])]
-    codes, errors = torch.empty_like(values), torch.zeros_like(values)
-    _round_in_turn(values, scales, bits, factors, codes, errors)
-    if descend:
-        pulls = (moment / moment.diagonal()).fill_diagonal_(0)
-        _round_in_turn(values, scales, bits, pulls, codes, errors)
-    result = torch.empty_like(codes, dtype=torch.int8)
-    result[order] = codes.to(torch.int8)
-    return result.T.contiguous()
-
-
-def _round_in_turn(values: Tensor, scales: Tensor, bits: int, pulls: Tensor, codes: Tensor, errors: Tensor) -> None:
-    """Rounds the channels of `values` [K, N] from the last to the first.
-
-    To channel k, sum_j pulls_jk errors_j is added; errors = values - codes * scales, which both are updated, start as
-    zeros or as those of an earlier turn.
-    """
-    for end in range(len(values), 0, -_BLOCK):
-        start = max(0, end - _BLOCK)
-        block = slice(start, end)
-        wanted = values[block] + pulls[:start, block].T @ errors[:start] + pulls[end:, block].T @ errors[end:]
-        for k in reversed(range(start, end)):
-            value = wanted[k - start] + pulls[block, k] @ errors[block]
-            codes[k] = (value / scales[k]).round_().clamp_(*code_range(bits))
-            errors[k] = values[k] - codes[k] * scales[k]
+    codes, _ = _in_turns(weight, scale, bits, feedback, descend=descend)
+    return _rows(codes, feedback.order)
 
 
 def fitted_gptq(weight: Tensor, scale: Tensor, bits: int, feedback: Feedback) -> tuple[Tensor, Tensor]:
@@ -140,13 +115,88 @@ def fitted_gptq(weight: Tensor, scale: Tensor, bits: int, feedback: Feedback) ->
     Returns:
         [N, K] int8 within `code_range(bits)`, and [N, G] fp32.
     """
-    weights = weight.float().repeat(len(SCALE_RATIOS), 1)
     scales = torch.cat([scale * ratio for ratio in SCALE_RATIOS])
-    codes = gptq(weights, scales, bits, feedback, descend=True)
-    errors = (weights - dequantize_weight(codes, scales))[:, feedback.order]
-    best = output_error(errors, feedback.moment).view(-1, len(weight)).argmin(0)
+    codes, errors = _in_turns(weight, scales, bits, feedback, descend=True)
+    best = output_error(errors.T, feedback.moment).view(-1, len(weight)).argmin(0)
     chosen = best * len(weight) + torch.arange(len(weight), device=best.device)
-    return codes[chosen], scales[chosen]
+    return _rows(codes[:, chosen], feedback.order), scales[chosen]
+
+
+def _rows(codes: Tensor, order: Tensor) -> Tensor:
+    """Codes [K, N] of channels in that order, as [N, K] with the channels in their places."""
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.T.contiguous()
+
+
+def _in_turns(weight: Tensor, scales: Tensor, bits: int, feedback: Feedback, *, descend: bool) -> tuple[Tensor, Tensor]:
+    """Codes [K, S N] int8 and errors [K, S N] fp32, in the feedback's order; scales [S N, G] are S for each row."""
+    order, factors, moment = feedback
+    values = weight.float().T[order].repeat(1, len(scales) // len(weight))
+    grid = _Grid(scales.T.contiguous(), order // (weight.shape[1] // scales.shape[1]), bits)
+    codes, errors = torch.empty_like(values, dtype=torch.int8), torch.zeros_like(values)
+    _round_in_turn(values, grid, factors, codes, errors)
+    if descend:
+        pulls = (moment / moment.diagonal()).fill_diagonal_(0)
+        _round_in_turn(values, grid, pulls, codes, errors)
+    return codes, errors
+
+
+class _Grid(NamedTuple):
+    """Values that can be had: scales [G, N], the row of them that each channel has [K], and the bits of codes."""
+
+    scales: Tensor
+    groups: Tensor
+    bits: int
+
+
+def _round_in_turn(values: Tensor, grid: _Grid, pulls: Tensor, codes: Tensor, errors: Tensor) -> None:
+    """Rounds the channels of `values` [K, N] from the last to the first.
+
+    To channel k, sum_j pulls_jk errors_j is added; errors = values - codes * scales, which both are updated, start as
+    zeros or as those of an earlier turn.
+    """
+    for end in range(len(values), 0, -_BLOCK):
+        start = max(0, end - _BLOCK)
+        block = slice(start, end)
+        wanted = values[block] + pulls[:start, block].T @ errors[:start] + pulls[end:, block].T @ errors[end:]
+        scales = grid.scales[grid.groups[block]]
+        _round_block(values[block], scales, code_range(grid.bits), pulls[block, block], wanted, errors[block])
+        codes[block] = wanted
+
+
+def _round_block(
+    values: Tensor, scales: Tensor, limits: tuple[int, int], pulls: Tensor, wanted: Tensor, errors: Tensor
+) -> None:
+    """The same within a block; codes take the place of what is wanted [B, N].
+
+    Five operations a channel: on a GPU, calibration waits for their launches.
+    """
+    low, high = limits
+    channels = zip(*(of.unbind() for of in (values, scales, pulls.T, wanted, errors)))
+    for value, scale, pull, code, error in reversed(list(channels)):
+        code.addmv_(errors.T, pull).div_(scale).round_().clamp_(low, high)
+        torch.addcmul(value, code, scale, value=-1, out=error)
+
+
+def error_to_expect(rounding: Tensor, feedback: Feedback) -> Tensor:
+    """The error that GPTQ leaves of a weight, if rounding the channels in turn leaves these errors.
+
+    Channel k is rounded once `sum_{j>k} E_j L_jk / L_kk` has been added: what rounding leaves is E times the factors.
+    It looks like what rounding to nearest leaves, so that the error is known without rounding channel after channel.
+
+    Args:
+        rounding: [N, K] fp32, for example of the same weight rounded to nearest.
+        feedback: Of the inputs.
+
+    Returns:
+        [N, K] fp32, E = W - Q.
+    """
+    error = torch.empty_like(rounding)
+    error[:, feedback.order] = torch.linalg.solve_triangular(
+        feedback.factors, rounding[:, feedback.order], upper=False, left=False, unitriangular=True
+    )
+    return error
 
 
 def output_error(error: Tensor, moment: Tensor) -> Tensor:

@@ -83,6 +83,32 @@ def test_the_error_of_outputs_is_below_that_of_the_nearest(decay: float, bound: 
     assert chained < bound * nearest
 
 
+@pytest.mark.parametrize("width", [6, 300])
+def test_the_error_to_expect_of_what_rounding_left_is_the_one_that_gptq_left(width: int) -> None:
+    torch.manual_seed(7)
+    weight, moment = torch.randn(7, width), moment_of(correlated(4 * width, width, 1.0))
+    scale, feedback = quant.weight_scale(weight, 4), gptq.error_feedback(moment)
+    error = weight - quant.dequantize_weight(gptq.gptq(weight, scale, 4, feedback), scale)
+    factors = torch.linalg.cholesky(moment[feedback.order][:, feedback.order])
+    left = error.double()[:, feedback.order] @ (factors / factors.diagonal())
+    actual = gptq.error_to_expect(left[:, feedback.order.argsort()].float(), feedback)
+    torch.testing.assert_close(actual, error, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
+def test_the_error_to_expect_of_rounding_to_nearest_is_about_that_of_gptq(decay: float) -> None:
+    torch.manual_seed(8)
+    weight, x = torch.randn(200, 192), correlated(4000, 192, decay)
+    scale, held_out = quant.weight_scale(weight, 4), moment_of(x[::2])
+    for dampening in (0.01, 1.0):
+        feedback = gptq.error_feedback(gptq.dampened(moment_of(x[1::2]), dampening))
+        codes, nearest = gptq.gptq(weight, scale, 4, feedback), quant.quantize_weight(weight, scale, 4)
+        actual, rounding = (weight - quant.dequantize_weight(of, scale) for of in (codes, nearest))
+        expected = gptq.error_to_expect(rounding, feedback)
+        actual, expected = (gptq.output_error(of, held_out).sum().item() for of in (actual, expected))
+        assert actual == pytest.approx(expected, rel=0.1)
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize(("width", "bits"), [(6, 4), (48, 8), (300, 4)])
 def test_descending_sets_every_code_to_the_best_given_the_others(width: int, bits: int, groups: int) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch import nn
 
 from openpi_duquant import fitting
-from openpi_duquant import gptq
 from openpi_duquant import packing
 from openpi_duquant import quant
 from openpi_duquant import transforms
@@ -24,6 +23,7 @@ from openpi_duquant.linear.calibration import runner
 from openpi_duquant.linear.module import QuantLinear
 from openpi_duquant.linear.rounding import InputMoment
 from openpi_duquant.linear.rounding import fit_feedback
+from openpi_duquant.linear.rounding import round_together
 from openpi_duquant.linear.select import select_linears
 from openpi_duquant.linear.spec import LayerSpec
 from openpi_duquant.profiling import span
@@ -150,10 +150,12 @@ def quantize_group(
         shared = {name: part for name, part in transform._asdict().items() if isinstance(part, Tensor)}
         stacked = transform.dual().apply(stacked)
         feedback = moment and fit_feedback(moment, transform, stacked, lead.weight_bits, config.gptq_dampening)
-        parts = stacked.split([specs[name].out_features for name in weights])
-        return {
-            name: shared | _quantize_rows(part, specs[name], config, feedback) for name, part in zip(weights, parts)
-        }
+        parts = dict(zip(weights, stacked.split([specs[name].out_features for name in weights])))
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for bits in dict.fromkeys(specs[name].weight_bits for name in weights):
+            alike = {name: part for name, part in parts.items() if specs[name].weight_bits == bits}
+            tensors |= _quantize_rows(alike, specs, config, feedback)
+        return {name: shared | tensors[name] for name in weights}
 
 
 def by_full_name(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -162,21 +164,30 @@ def by_full_name(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tenso
 
 
 def _quantize_rows(
-    weight: Tensor, spec: LayerSpec, config: DuQuantConfig, feedback: Feedback | None
-) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    if spec.output_rotation in ("hadamard", "matrix"):
-        rotation = fitting.fit_rotation(weight.T, config.rotation, spec.output_rotation_block)
-        restore = transforms.inverse(rotation)
-        if isinstance(restore, Tensor):
-            restore = tensors["output_rotation"] = restore.bfloat16()
-        weight = transforms.rotate_rows(weight, transforms.inverse(restore))
-    scale = quant.weight_scale(weight, spec.weight_bits, spec.group_size, config.scale_search)
-    if feedback is None:
-        codes = quant.quantize_weight(weight, scale, spec.weight_bits)
-    else:
-        codes, scale = gptq.fitted_gptq(weight, scale, spec.weight_bits, feedback)
-    return tensors | {"weight_packed": packing.pack(codes, spec.weight_bits), "weight_scale": scale}
+    weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], config: DuQuantConfig, feedback: Feedback | None
+) -> dict[str, dict[str, Tensor]]:
+    """Quantizes transformed weights of as many bits, side by side."""
+    bits = specs[next(iter(weights))].weight_bits
+    tensors: dict[str, dict[str, Tensor]] = {}
+    turned, scales = [], []
+    for name, weight in weights.items():
+        rows, tensors[name] = _rotate_outputs(weight, specs[name], config)
+        turned.append(rows)
+        scales.append(quant.weight_scale(rows, bits, specs[name].group_size, config.scale_search))
+    for name, (codes, scale) in zip(weights, round_together(turned, scales, bits, feedback)):
+        tensors[name] |= {"weight_packed": packing.pack(codes, bits), "weight_scale": scale}
+    return tensors
+
+
+def _rotate_outputs(weight: Tensor, spec: LayerSpec, config: DuQuantConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weight with its rows rotated, if the layer restores them, and the matrix for that, if there is one."""
+    if spec.output_rotation not in ("hadamard", "matrix"):
+        return weight, {}
+    restore = transforms.inverse(fitting.fit_rotation(weight.T, config.rotation, spec.output_rotation_block))
+    tensors = {}
+    if isinstance(restore, Tensor):
+        restore = tensors["output_rotation"] = restore.bfloat16()
+    return transforms.rotate_rows(weight, transforms.inverse(restore)), tensors
 
 
 def quantize_(

@@ -1,5 +1,7 @@
 """Weights of one group to codes: to the nearest, or by GPTQ where the inputs are known."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -72,8 +74,8 @@ def fit_feedback(
         transform: Of the inputs.
         weight: [N, K], transformed; some of its rows try the dampenings out.
         bits: 4 or 8.
-        dampening: See `gptq.dampened`. None: that of `DAMPENINGS` with which half of the samples gives the least error
-            on the other half; with a single sample, the middle one.
+        dampening: See `gptq.dampened`. None: that of `DAMPENINGS` which, fitted to half of the samples, has the least
+            error to expect on the other half; with a single sample, the middle one.
 
     Raises:
         DuQuantError: As `gptq.dampened` and `gptq.error_feedback`.
@@ -88,8 +90,30 @@ def fit_feedback(
     held_out = transform.of_moment(halves[1].double()).float()
     trial = weight[:: -(-len(weight) // _TRIAL_ROWS)]
     scale = quant.weight_scale(trial, bits)
+    rounding = trial - quant.dequantize_weight(quant.quantize_weight(trial, scale, bits), scale)
     errors = {}
     for share in DAMPENINGS:
-        codes = gptq.gptq(trial, scale, bits, feedback(halves[0], share))
-        errors[share] = gptq.output_error(trial - quant.dequantize_weight(codes, scale), held_out).sum().item()
+        error = gptq.error_to_expect(rounding, feedback(halves[0], share))
+        errors[share] = gptq.output_error(error, held_out).sum().item()
     return feedback(moment.whole, min(errors, key=errors.__getitem__))
+
+
+def round_together(
+    weights: Sequence[Tensor], scales: Sequence[Tensor], bits: int, feedback: Feedback | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Codes and scales of weights that read the same inputs: by GPTQ, all at once, or to the nearest.
+
+    Args:
+        weights: [N_i, K], transformed.
+        scales: [N_i, G] fp32, of each.
+        bits: 4 or 8.
+        feedback: Of the inputs. None: to the nearest.
+
+    Returns:
+        For each weight [N_i, K] int8 and [N_i, G] fp32.
+    """
+    if feedback is None:
+        return [(quant.quantize_weight(weight, scale, bits), scale) for weight, scale in zip(weights, scales)]
+    sizes = [len(weight) for weight in weights]
+    codes, scale = gptq.fitted_gptq(torch.cat(weights), torch.cat(scales), bits, feedback)
+    return list(zip(codes.split(sizes), scale.split(sizes)))

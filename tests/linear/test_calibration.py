@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import copy
+import dataclasses
 import functools
 import logging
 from typing import Any
@@ -79,6 +80,20 @@ def test_every_layer_is_calibrated_on_what_its_quantized_predecessors_feed_it() 
             assert (codes == expected).float().mean() > 0.99, name  # moments are summed in another order
             assert not torch.equal(codes, quant.quantize_weight(weight, quant.weight_scale(weight, 4), 4))
             x = torch.relu(model.get_submodule(name)(x))
+
+
+def test_layers_of_one_group_are_rounded_together_as_each_would_be_alone() -> None:
+    model, x = Crossed(), torch.cat(inputs())
+    original = copy.deepcopy(model)
+    config = dataclasses.replace(BARE, include=r"[qkv]_proj$", layer_bits={"k_proj": 8})
+    specs = quantize_(model, config, calibration=lambda model: model(x, context=x))
+    assert {spec.group for spec in specs.values()} == {"q_proj"}
+    feedback = gptq.error_feedback(gptq.dampened(x.double().T @ x.double() / len(x), 0.01))
+    for name, bits in {"q_proj": 4, "k_proj": 8, "v_proj": 4}.items():
+        weight, layer = original.get_submodule(name).weight.detach(), model.get_submodule(name)
+        expected, scale = gptq.fitted_gptq(weight, quant.weight_scale(weight, bits), bits, feedback)
+        assert (codes_of(layer) == expected).float().mean() > 0.97, name  # moments are summed in another order
+        assert (layer.weight_scale == scale).float().mean() > 0.9, name
 
 
 def _by_list(batches: list[Tensor]) -> object:
