@@ -112,7 +112,7 @@ def engine(policy: Policy, setting: Setting, *, graph: bool = False, compiled: b
         prefix if policy.graphs is None else policy.graphs.padded(prefix),
         policy.read_state(observation.state, len(noise)),
         noise,
-    )
+    ).to(policy.device)
     run = policy.compute if policy.graphs is None else policy.graphs
     return Calls(
         lambda: policy.sample_actions(observation, noise, num_steps=setting.num_steps),

@@ -20,7 +20,7 @@ LIMIT = 16
 
 
 class Inputs(NamedTuple):
-    """What a call computes from, all on the policy's device.
+    """What a call computes from.
 
     Attributes:
         images: [B, C, 3, 224, 224] fp32 in [-1, 1].
@@ -41,6 +41,10 @@ class Inputs(NamedTuple):
     def shapes(self) -> tuple[tuple[int, ...] | None, ...]:
         """Shape of each; what a graph is made for."""
         return tuple(None if x is None else tuple(x.shape) for x in self)
+
+    def to(self, device: torch.device, *, copy: bool = False) -> "Inputs":
+        """The same on that device, as `compute` reads it."""
+        return Inputs(*(x if x is None else x.to(device, non_blocking=True, copy=copy) for x in self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +98,12 @@ class Graphs:
         return dataclasses.replace(prefix, tokens=tokens, token_mask=mask)
 
     def __call__(self, inputs: Inputs, schedule: Tensor) -> Tensor:
-        """Actions, of memory of their own; the first call of a shape captures its graph."""
+        """Actions, of memory of their own; the first call of a shape captures its graph.
+
+        Inputs may be anywhere: they are copied to where the graph reads them. The schedule is on the policy's device.
+        """
         key = *inputs.shapes(), schedule.data_ptr(), len(schedule)
-        with self._lock, torch.cuda.device(inputs.noise.device):
+        with self._lock, torch.cuda.device(schedule.device):
             if self._finished is not None:  # graphs share memory, and threads may have streams of their own
                 self._finished.wait()
             if key not in self._captured:
@@ -119,7 +126,7 @@ class Graphs:
             self._pool = self._pool if self._captured else None
 
     def _capture(self, inputs: Inputs, schedule: Tensor) -> _Captured:
-        static = Inputs(*(x if x is None else x.clone() for x in inputs))
+        static = inputs.to(schedule.device, copy=True)
         self._stream = self._stream or torch.cuda.Stream()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         self._stream.wait_stream(torch.cuda.current_stream())

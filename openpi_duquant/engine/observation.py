@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import itertools
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ class Prefix:
     """What the language model reads: nothing that is masked in the whole batch.
 
     Attributes:
-        images: [B, C, 3, 224, 224] fp32 in [-1, 1], of the cameras that are live anywhere in the batch.
+        images: [B, C, 3, 224, 224] fp32 in [-1, 1], of the cameras that are live anywhere in the batch; the rest is on
+            the host.
         image_mask: [B, C] bool.
         tokens: [B, L] int64, cut behind the longest prompt of the batch.
         token_mask: [B, L] bool.
@@ -50,29 +52,31 @@ class Prefix:
     token_mask: Tensor
 
 
-def preprocess(observation: Observation) -> Prefix:
+def preprocess(observation: Observation, device: torch.device | None = None) -> Prefix:
     """Brings images to 224 x 224 in [-1, 1] and drops what is masked.
+
+    Args:
+        observation: B observations.
+        device: Where images are prepared; where they are if not given.
 
     Raises:
         DuQuantError: On a live camera without an image, an image of a wrong shape or dtype, or no live camera at all.
     """
-    tokens, token_mask = observation.tokenized_prompt, observation.tokenized_prompt_mask.bool()
-    live, masks = [], []
-    for camera in CAMERAS:
-        mask = observation.image_masks.get(camera)
-        if mask is None:
-            mask = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-        mask = mask.bool()
-        if not mask.any():
-            continue
+    tokens, token_mask = observation.tokenized_prompt.cpu(), observation.tokenized_prompt_mask.cpu().bool()
+    given = [observation.image_masks.get(camera) for camera in CAMERAS]
+    known = torch.ones(len(tokens), dtype=torch.bool)
+    masks = torch.stack([known if mask is None else mask.cpu().bool() for mask in given], 1)
+    live = masks.any(0)
+    images = []
+    for camera in itertools.compress(CAMERAS, live.tolist()):
         if camera not in observation.images:
             raise DuQuantError(f"camera {camera} has no image: give one, or set image_masks[{camera!r}] to False")
-        live.append(prepare_image(camera, observation.images[camera]))
-        masks.append(mask)
-    if not live:
+        image = observation.images[camera]
+        images.append(prepare_image(camera, image.to(device or image.device, non_blocking=True)))
+    if not images:
         raise DuQuantError(f"every camera is masked: at least one of {', '.join(CAMERAS)} must be live")
     used = token_mask.any(0)
-    return Prefix(torch.stack(live, 1), torch.stack(masks, 1), tokens[:, used].long(), token_mask[:, used])
+    return Prefix(torch.stack(images, 1), masks[:, live], tokens[:, used].long(), token_mask[:, used])
 
 
 def prepare_image(camera: str, image: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ def prepare_image(camera: str, image: Tensor) -> Tensor:
     if image.ndim != 4 or 3 not in (image.shape[1], image.shape[3]):
         raise DuQuantError(f"camera {camera}: images {tuple(image.shape)} are neither [B, H, W, 3] nor [B, 3, H, W]")
     if image.dtype == torch.uint8:
-        image = image.float() / 255.0 * 2.0 - 1.0
+        image = image.float().div_(255.0).mul_(2.0).sub_(1.0)
     elif not image.is_floating_point():
         raise DuQuantError(f"camera {camera}: images are {image.dtype}; give uint8, or floating point in [-1, 1]")
     channels_first = image if image.shape[1] == 3 else image.permute(0, 3, 1, 2)

@@ -131,11 +131,11 @@ class Policy(nn.Module, abc.ABC):
                 f"and num_steps {num_steps} at least 1"
             )
         state = self.read_state(observation.state, len(noise))
-        prefix = preprocess(observation)
+        prefix = preprocess(observation, self.device)
         graphs = self.graphs if self.device.type == "cuda" and self.graphs is not None else None
         inputs = self.inputs(prefix if graphs is None else graphs.padded(prefix), state, noise)
         schedule = self.tabulated(num_steps)
-        actions = self.compute(inputs, schedule) if graphs is None else graphs(inputs, schedule)
+        actions = self.compute(inputs.to(self.device), schedule) if graphs is None else graphs(inputs, schedule)
         return actions.to(noise.device)
 
     def tabulated(self, num_steps: int) -> Tensor:
@@ -147,10 +147,9 @@ class Policy(nn.Module, abc.ABC):
         return self._schedules[num_steps]
 
     def inputs(self, prefix: Prefix, state: Tensor | None, noise: Tensor) -> Inputs:
-        """What `compute` reads, on the policy's device; embeddings are looked up where the table is."""
-        text = self.embedding(prefix.tokens.to(self.embedding.weight.device))
-        given = prefix.images, prefix.image_mask, text, prefix.token_mask, state, noise.float()
-        return Inputs(*(x if x is None else x.to(self.device, non_blocking=True) for x in given))
+        """What `compute` reads, on whatever devices; embeddings are looked up on the host."""
+        text = self.embedding(prefix.tokens)
+        return Inputs(prefix.images, prefix.image_mask, text, prefix.token_mask, state, noise.float())
 
     def compute(self, inputs: Inputs, schedule: Tensor) -> Tensor:
         """Actions [B, S, A] fp32; the same kernels for the same shapes, and never a look at a value from the host."""

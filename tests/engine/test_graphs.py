@@ -129,7 +129,7 @@ class WithoutGraphs(graphs.Graphs):
 
     def __call__(self, inputs: graphs.Inputs, schedule: Tensor) -> Tensor:
         """Computes."""
-        return self._compute(inputs, schedule)
+        return self._compute(inputs.to(schedule.device), schedule)
 
 
 @on_gpu

@@ -30,6 +30,7 @@ def test_uint8_spans_minus_one_to_one() -> None:
     prepared = prepare_image(BASE, image)
     assert prepared.shape == (1, 3, 224, 224)
     torch.testing.assert_close(prepared[0, :, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))
+    assert image[0, 0, 0].tolist() == [0, 51, 255]
 
 
 def test_channels_may_come_first_or_last() -> None:
@@ -79,6 +80,17 @@ def test_what_is_masked_in_the_whole_batch_is_dropped() -> None:
     assert prefix.image_mask.tolist() == [[True, True], [True, False]]
     assert prefix.tokens.tolist() == [[0, 1, 2, 3, 4], [8, 9, 10, 11, 12]]
     assert prefix.token_mask.sum(1).tolist() == [3, 5]
+
+
+def test_images_are_prepared_where_they_are_wanted_and_masks_on_the_host() -> None:
+    given = observation(masks={RIGHT: [False, False]})
+    images = {name: image.to("meta") for name, image in given.images.items() if name != RIGHT}
+    there = preprocess(Observation(images, given.image_masks, given.tokenized_prompt, given.tokenized_prompt_mask))
+    for prefix in (there, preprocess(given, torch.device("meta"))):
+        assert prefix.images.is_meta
+        assert prefix.images.shape == (2, 2, 3, 224, 224)
+        assert prefix.image_mask.tolist() == [[True, True]] * 2
+        assert prefix.tokens.tolist() == [[0, 1, 2, 3, 4], [8, 9, 10, 11, 12]]
 
 
 def test_a_masked_camera_needs_no_image() -> None:
