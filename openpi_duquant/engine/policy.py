@@ -190,7 +190,7 @@ class Policy(nn.Module, abc.ABC):
 
     def _fuses(self, head: nn.Module) -> bool:
         """Whether a head may be part of a kernel: nobody watches those of optimized policies, see `optimize_`."""
-        return self.graphs is not None and type(head) is nn.Linear
+        return self._schedules is not None and type(head) is nn.Linear
 
     @abc.abstractmethod
     def schedule(self, num_steps: int) -> Tensor:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 OPERATIONS = 9
 """Of a layer, each of which reads what the one before wrote."""
 
-_SPLITS = 6  # the kernel is compiled for multiples of so many parts of the keys
+_SPLITS = 2  # the kernel is compiled for multiples of so many parts of the keys
 _ROWS = 16  # pairs of a query and a head that attention has in a tile
 _FEWEST_CHANNELS = 32  # bytes of weights that the tensor cores take at once
 
