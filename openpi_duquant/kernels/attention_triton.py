@@ -205,6 +205,26 @@ def combine_token(
 
 
 @triton.jit
+def scores_of(q, k, EXACT: tl.constexpr):
+    """q [R, D] times keys [T, D]."""
+    if EXACT:
+        scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
+    else:
+        scores = tl.dot(q, tl.trans(k))
+    return scores
+
+
+@triton.jit
+def weighted(weights, v, EXACT: tl.constexpr):
+    """Weights [R, T] times values [T, D]."""
+    if EXACT:  # noqa: SIM108
+        sums = tl.dot(weights, v.to(tl.float32), input_precision="ieee")
+    else:
+        sums = tl.dot(weights.to(v.dtype), v)
+    return sums
+
+
+@triton.jit
 def _attend_to(
     q, query, scale, k_ptr, v_ptr, visible_ptr, first, keys, k_stride, v_stride, best, total, sums,
     D: tl.constexpr, KEYS: tl.constexpr, VISIBLE: tl.constexpr, STATE_FIRST: tl.constexpr, EXACT: tl.constexpr,
@@ -222,20 +242,13 @@ def _attend_to(
         seen = seen[None, :] & (query[:, None] >= 0)
         if STATE_FIRST:
             seen = seen & ((query[:, None] > 0) | (key[None, :] == 0))
-        if EXACT:
-            scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
-        else:
-            scores = tl.dot(q, tl.trans(k))
-        scores = tl.where(seen, scores * scale, float("-inf"))
+        scores = tl.where(seen, scores_of(q, k, EXACT) * scale, float("-inf"))
         highest = tl.maximum(best, tl.max(scores, 1))
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         weights = tl.exp2(scores - shift[:, None])
         decay = tl.exp2(best - shift)
         total = total * decay + tl.sum(weights, 1)
-        if EXACT:
-            sums = sums * decay[:, None] + tl.dot(weights, v.to(tl.float32), input_precision="ieee")
-        else:
-            sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None])
+        sums = sums * decay[:, None] + weighted(weights, v, EXACT)
         best = highest
     return best, total, sums
 

@@ -6,6 +6,8 @@ Those that read what is not computed in the same launch read it ahead: the value
 import triton
 import triton.language as tl
 
+from openpi_duquant.kernels.attention_triton import scores_of
+from openpi_duquant.kernels.attention_triton import weighted
 from openpi_duquant.kernels.matmul_triton import columns_of
 from openpi_duquant.kernels.matmul_triton import read_angles
 from openpi_duquant.kernels.matmul_triton import read_weights
@@ -187,19 +189,11 @@ def attend(
         seen = (key < length)[None, :] & (query < length)[:, None]
         if STATE_FIRST:
             seen = seen & ((query[:, None] > 0) | (key[None, :] == 0))
-    if EXACT:
-        scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
-    else:
-        scores = tl.dot(q, tl.trans(k))
-    scores = tl.where(seen, scores * scale, float("-inf"))
+    scores = tl.where(seen, scores_of(q, k, EXACT) * scale, float("-inf"))
     best = tl.max(scores, 1)
     weights = tl.exp2(scores - tl.where(best == float("-inf"), 0.0, best)[:, None])
-    if EXACT:  # noqa: SIM108
-        sums = tl.dot(weights, v.to(tl.float32), input_precision="ieee")
-    else:
-        sums = tl.dot(weights.to(v.dtype), v)
     place = (element * SPLITS + split) * (blocks * ROWS) + row
-    tl.store(sums_ptr + place[:, None] * D + lane[None, :], sums)
+    tl.store(sums_ptr + place[:, None] * D + lane[None, :], weighted(weights, v, EXACT))
     tl.store(parts_ptr + 2 * place, best)
     tl.store(parts_ptr + 2 * place + 1, tl.sum(weights, 1))
 
