@@ -201,6 +201,16 @@ def _moved(given: Iterable[object], device: torch.device) -> list[Any]:
     return [part.to(device) if isinstance(part, Tensor) else part for part in parts]
 
 
+def disagreement(compute: Callable[[], Tensor], expected: Tensor, limit: float) -> str | None:
+    """What is wrong with a result: that it cannot be computed, or differs from what is expected by `limit` of its norm
+    or more; None if nothing is."""
+    try:
+        error = (compute().double() - expected.double()).norm() / expected.double().norm()
+    except Exception as problem:  # noqa: BLE001 - a compiler has many ways to refuse
+        return f"fails ({in_one_line(problem)})"
+    return None if error < limit else f"is off by {error:.3f}; {_REPORT}"
+
+
 def in_one_line(error: Exception) -> str:
     """Its type, and the first and the last line of its message."""
     lines = str(error).strip().splitlines()

@@ -115,9 +115,9 @@ def test_a_step_is_its_definition_in_one_launch(
 ) -> None:
     how = {"shape": shape, "prefix": prefix, "state_first": state_first, "masked": masked}
     actual = step(load(converted(pi05=pi05), "triton"), **how)
-    assert len(launches) == 1
+    assert len(launches) == 2  # the first is compared with layers one by one
     expected = step(load(converted(pi05=pi05), "reference"), **how)
-    assert len(launches) == 1
+    assert len(launches) == 2
     assert relative_error(actual.cpu(), expected.cpu()) < 1e-2
 
 
@@ -135,6 +135,32 @@ def test_what_one_launch_cannot_do_takes_many(
     assert relative_error(actual.cpu(), step(load(checkpoint, "reference"), **how).cpu()) < 1e-2
 
 
+@pytest.mark.parametrize("fault", ["wrong", "NaN", "raises"])
+def test_a_launch_that_does_not_give_what_layers_give_is_left_out(
+    converted: Callable[..., pathlib.Path],
+    fault: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from openpi_duquant.kernels import persistent_triton  # noqa: PLC0415
+
+    calls = []
+
+    def faulty(y: Tensor, *_: object, **how: object) -> None:
+        calls.append(how)
+        if fault == "raises":
+            raise RuntimeError("no room")
+        y.mul_(1.2 if fault == "wrong" else float("nan"))
+
+    monkeypatch.setattr(persistent_triton, "launch", faulty)
+    how = {"shape": (1, 2), "prefix": 21, "state_first": False, "masked": False}
+    policy, expected = load(converted(), "triton"), step(load(converted(), "reference"), **how)
+    for _ in range(2):
+        assert relative_error(step(policy, **how).cpu(), expected.cpu()) < 1e-2
+    assert len(calls) == 1
+    assert {"wrong": "off by", "NaN": "off by nan", "raises": "no room"}[fault] in caplog.text
+
+
 def test_layers_lie_in_one_tensor_and_copies_in_their_own(
     converted: Callable[..., pathlib.Path], launches: list[Tensor]
 ) -> None:
@@ -150,4 +176,4 @@ def test_layers_lie_in_one_tensor_and_copies_in_their_own(
         own = [layer.mlp.down_proj.weight_packed for layer in again.expert.layers]
         assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in own)
         assert torch.equal(step(again, **how), expected)
-    assert len(launches) == 3
+    assert len(launches) == 6
