@@ -43,9 +43,10 @@ def _alike(layers: Sequence[nn.Module]) -> bool:
     if not all(isinstance(layer, QuantLinear) and layer.prepared() == "triton" for layer in layers):
         return False
     first = layers[0]
-    shapes = {tuple((n, b.shape, b.dtype) for n, b in layer.named_buffers()) for layer in layers}
+    tensors = {tuple((n, b.shape, b.dtype) for n, b in layer.named_buffers()) for layer in layers}
+    rotations = {(layer.spec.rotation, layer.spec.rotation_block) for layer in layers}
     return (
-        len(shapes) == 1
+        len(tensors) == len(rotations) == 1
         and first.spec.weight_bits == 4
         and persistent.takes_width(first.in_features)
         and first.bias is None
@@ -61,7 +62,10 @@ def _stacked_(layers: Sequence[QuantLinear]) -> Matrix:
         if getattr(layers[0], name) is None:
             tensors.append(None)
             continue
-        tensors.append(torch.stack([getattr(layer, name) for layer in layers]))
-        for layer, tensor in zip(layers, tensors[-1], strict=True):
+        parts = [getattr(layer, name) for layer in layers]
+        tensors.append(torch.stack(parts))
+        for layer, part, tensor in zip(layers, parts, tensors[-1], strict=True):
+            if part.is_cuda:  # it is read on this stream, and freed here
+                part.record_stream(torch.cuda.current_stream())
             setattr(layer, name, tensor)
     return Matrix(*tensors, transforms.as_operands(layers[0].transform.rotation)[1])

@@ -82,7 +82,8 @@ def run_layers(
     from openpi_duquant.kernels import persistent_triton  # noqa: PLC0415  triton is there where CUDA is
 
     y = x.clone(memory_format=torch.contiguous_format)
-    contiguous = (part.contiguous() for part in (norms, *cached))
+    visible = None if visible is None else visible.contiguous()
+    norms, keys, values, cos, sin = (part.contiguous() for part in (norms, *cached, *rotation))
     with torch.cuda.device_of(y):
-        persistent_triton.launch(y, stack, *contiguous, visible, *rotation, state_first=state_first)
+        persistent_triton.launch(y, stack, norms, keys, values, visible, cos, sin, state_first=state_first)
     return y
