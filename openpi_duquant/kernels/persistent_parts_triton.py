@@ -84,10 +84,11 @@ def round_row(
 
 
 @triton.jit
-def read_factors(scale_ptr, gate_ptr, layer, channel, pending, W: tl.constexpr, GATE: tl.constexpr):
-    """What the sums of a layer's matrix are multiplied by: its scales, and a gate."""
-    factor = tl.load(scale_ptr + layer * W + channel, mask=(channel >= 0) & pending, other=0.0)
-    gate = tl.load(gate_ptr + channel, mask=(channel >= 0) & pending, other=0.0).to(tl.float32) if GATE else 1.0
+def read_factors(scale_ptr, gate_ptr, layer, channel, W: tl.constexpr, GATE: tl.constexpr):
+    """What the sums of a layer's matrix are multiplied by: its scales, and a gate; zeros before the first layer."""
+    known = channel < tl.minimum(layer + 1, 1) * W
+    factor = tl.load(scale_ptr + layer * W + channel, mask=known, other=0.0)
+    gate = tl.load(gate_ptr + channel, mask=known, other=0.0).to(tl.float32) if GATE else 1.0
     return factor, gate
 
 

@@ -151,7 +151,7 @@ def _layers(
         if ALL or OPERATION == 0:
             source = read_permutation(qkv_permutation_ptr, layer, W, QKV_PERMUTE)
             scale, shift = read_modulation(norm, norm + W, channel, channel < W, SCALE=True, SHIFT=ADAPTIVE)
-            factor, gate = read_factors(down_scale_ptr, norm - W, layer - 1, channel, layer > 0, W, ADAPTIVE)
+            factor, gate = read_factors(down_scale_ptr, norm - W, layer - 1, channel, W, ADAPTIVE)
             if ALL:
                 next_qkv = qkv_ptr + (layer + 1) % last * (HEAD * (W // 2))
                 prefetch(next_qkv, program * QKV_COLUMNS, HEAD, QKV_COLUMNS, W // 2)
@@ -216,7 +216,7 @@ def _layers(
             scale, shift = read_modulation(
                 norm + NORM, norm + NORM + W, channel, channel < W, SCALE=True, SHIFT=ADAPTIVE
             )
-            factor, gate = read_factors(o_scale_ptr, norm + 2 * W, layer, channel, pending=True, W=W, GATE=ADAPTIVE)
+            factor, gate = read_factors(o_scale_ptr, norm + 2 * W, layer, channel, W, ADAPTIVE)
             if ALL:
                 wait_for(counter_ptr, (done + 5) * programs)
             for row in range(program, tokens, programs):
@@ -256,7 +256,7 @@ def _layers(
                 arrive(counter_ptr)
     if ALL or OPERATION == 9:
         gate_ptr = norms_ptr + last * (2 * NORM) - W
-        factor, gate = read_factors(down_scale_ptr, gate_ptr, last - 1, channel, pending=True, W=W, GATE=ADAPTIVE)
+        factor, gate = read_factors(down_scale_ptr, gate_ptr, last - 1, channel, W, ADAPTIVE)
         if ALL:
             wait_for(counter_ptr, (last - first) * 9 * programs)
         for row in range(program, tokens, programs):
