@@ -2,16 +2,22 @@
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 
+import pytest
 import torch
 from torch import Tensor
 
+from openpi_duquant import kernels
 from openpi_duquant import transforms
 from openpi_duquant.kernels import attention
+from openpi_duquant.kernels import persistent
+from openpi_duquant.kernels import rotary
 from openpi_duquant.kernels import transform
 from openpi_duquant.kernels.reference import NO_PROLOGUE
 from openpi_duquant.kernels.reference import Prologue
 from openpi_duquant.kernels.tiles import Tile
+from openpi_duquant.linear import module
 from openpi_duquant.transforms import Transform
 
 TILES = {torch.uint8: Tile(16, 32, 32, 2, 4, 2), torch.int8: Tile(16, 32, 64, 1, 4, 2)}
@@ -109,4 +115,17 @@ def operators() -> Iterator[None]:
             _attend, _attend_quantized,
         ):  # fmt: skip
             library.impl(run.__name__.removeprefix("_"), run, "CPU")
+        yield
+
+
+@contextlib.contextmanager
+def triton_backend() -> Iterator[None]:
+    """The backend `triton` on a CPU, with all that the engine launches."""
+    definition, triton = kernels.BACKENDS["reference"], kernels.BACKENDS["triton"]
+    anywhere = dataclasses.replace(triton, can_run=definition.can_run, load=definition.load)
+    with pytest.MonkeyPatch.context() as patch, operators():
+        patch.setitem(kernels.BACKENDS, "triton", anywhere)
+        patch.setattr(module, "fused_transform", fused_transform)
+        for part in (attention, rotary, persistent):
+            patch.setattr(part, "on_gpu", lambda _, head_dim: rotary.is_power(head_dim))
         yield

@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from openpi_duquant.architecture import Architecture
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.engine.gemma import ActionExpert
+from openpi_duquant.engine.expert import ActionExpert
 from openpi_duquant.engine.gemma import KeyValue
 from openpi_duquant.engine.gemma import LanguageModel
 from openpi_duquant.engine.gemma import rotary

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from openpi_duquant.kernels.persistent import Matrix
     from openpi_duquant.kernels.persistent import Stack
 
-OPERATIONS = 9
+OPERATIONS = tl.constexpr(9)
 """Of a layer, each of which reads what the one before wrote."""
 
 _SPLITS = 2  # the kernel is compiled for multiples of so many parts of the keys
@@ -101,9 +101,9 @@ def launch(
         _layers[(programs,)](*operands, 0, depth, OPERATION=-1, launch_cooperative_grid=True, **constants)
         return
     for layer in range(depth):  # programs of the interpreter run one after the other: they cannot wait
-        for operation in range(OPERATIONS):
+        for operation in range(OPERATIONS.value):
             _layers[(programs,)](*operands, layer, layer + 1, OPERATION=operation, **constants)
-    _layers[(programs,)](*operands, 0, depth, OPERATION=OPERATIONS, **constants)
+    _layers[(programs,)](*operands, 0, depth, OPERATION=OPERATIONS.value, **constants)
 
 
 def _columns(matrix: "Matrix", programs: int) -> int:
@@ -141,7 +141,7 @@ def _layers(
     program, programs = tl.program_id(0), tl.num_programs(0)
     channel = tl.arange(0, W)[None, :]
     for layer in range(first, last):
-        done = (layer - first) * 9
+        done = (layer - first) * OPERATIONS
         norm = norms_ptr + layer * (2 * NORM)
         qkv = qkv_ptr + layer * (HEAD * (W // 2))
         o = o_ptr + layer * (W * (HEADS * D // 2))
@@ -254,10 +254,10 @@ def _layers(
             sum_up(w, codes_ptr, down, all_sums_ptr, tokens, W, MLP, BM, COLUMNS, DOWN_PARTS, INTERPRETED)
             if ALL:
                 arrive(counter_ptr)
-    if ALL or OPERATION == 9:
+    if ALL or OPERATION == OPERATIONS:
         gate_ptr = norms_ptr + last * (2 * NORM) - W
         factor, gate = read_factors(down_scale_ptr, gate_ptr, last - 1, channel, W, ADAPTIVE)
         if ALL:
-            wait_for(counter_ptr, (last - first) * 9 * programs)
+            wait_for(counter_ptr, (last - first) * OPERATIONS * programs)
         for row in range(program, tokens, programs):
             add_sums(y_ptr, all_sums_ptr, act_scale_ptr, row, channel, factor, gate, pending=True, W=W)

@@ -113,7 +113,8 @@ class QuantLinear(nn.Module):
 
     def prepared(self) -> str:
         """The backend that it runs on, chosen now if it was not."""
-        self.prepare()
+        if self.running is None:
+            self.prepare()
         return self.running
 
     def prepare(self) -> None:
@@ -152,8 +153,7 @@ class QuantLinear(nn.Module):
     def __getstate__(self) -> dict[str, object]:
         """Without what else may lie in the memory of its tensors: those of other layers, see `engine.stack`."""
         state = super().__getstate__()
-        buffers = {name: tensor if tensor is None else tensor.clone() for name, tensor in self._buffers.items()}
-        return state | {"_buffers": buffers}
+        return state | {"_buffers": {name: _alone(tensor) for name, tensor in self._buffers.items()}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
@@ -174,27 +174,22 @@ class QuantLinear(nn.Module):
     @property
     def only_rounds(self) -> bool:
         """Whether its input is rounded by a kernel and not transformed before: see `attention.attend_quantized`."""
-        if self.running is None:
-            self.prepare()
         untransformed = all(part is None for part in self.transform)
-        return untransformed and self.spec.activation_bits == 8 and kernels.BACKENDS[self.running].fused
+        return untransformed and self.spec.activation_bits == 8 and kernels.BACKENDS[self.prepared()].fused
 
     def quantize_input(self, x: Tensor, prologue: Prologue = NO_PROLOGUE) -> QuantizedInput:
         """Prologue, transform and rounding of x [..., K], once for all layers that share it."""
-        if self.running is None:
-            self.prepare()
+        fused = kernels.BACKENDS[self.prepared()].fused
         x = x.reshape(-1, x.shape[-1])
         if self.spec.activation_bits == 8:
-            make = fused_transform if kernels.BACKENDS[self.running].fused else reference.fused_transform
+            make = fused_transform if fused else reference.fused_transform
             return QuantizedInput(*make(x, self.transform, prologue))
         with span("input_transform", x):
             return QuantizedInput(self.transform.apply(prologue.apply(x).float()))
 
     def matmul(self, quantized: QuantizedInput, like: Tensor, epilogue: Epilogue = NO_EPILOGUE) -> Tensor:
         """epilogue(quantized W^T + b): [..., N], tokens and dtype those of `like`, as of `quantize_input(like)`."""
-        if self.running is None:
-            self.prepare()
-        backend = kernels.BACKENDS[self.running]
+        backend = kernels.BACKENDS[self.prepared()]
         a, act_scale, row_sum = quantized
         given = {"epilogue": epilogue} if backend.fuses_epilogue else {}
         weight = self.weight_packed, self.weight_scale
@@ -214,6 +209,13 @@ class QuantLinear(nn.Module):
             f"W{spec.weight_bits}A{spec.activation_bits}, permute={spec.permute}, rotation={spec.rotation} "
             f"{spec.rotation_block}, backend={self.running or self.backend}"
         )
+
+
+def _alone(tensor: Tensor | None) -> Tensor | None:
+    """The tensor in memory that holds nothing else."""
+    if tensor is None or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone()
 
 
 def _rotation(kind: str, block: int, matrices: Tensor | None) -> transforms.Rotation:

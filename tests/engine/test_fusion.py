@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
-import dataclasses
 import pathlib
 
 import interpreted
@@ -11,14 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from openpi_duquant import kernels
 from openpi_duquant.accuracy import relative_error
 from openpi_duquant.engine import Policy
 from openpi_duquant.engine import gemma
 from openpi_duquant.engine import load_policy
-from openpi_duquant.kernels import attention
-from openpi_duquant.kernels import rotary
-from openpi_duquant.linear import module
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -31,14 +26,8 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def somewhere_to_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if not GPU:
-        anywhere = {"can_run": kernels.BACKENDS["reference"].can_run, "load": kernels.BACKENDS["reference"].load}
-        monkeypatch.setitem(kernels.BACKENDS, "triton", dataclasses.replace(kernels.BACKENDS["triton"], **anywhere))
-        monkeypatch.setattr(module, "fused_transform", interpreted.fused_transform)
-        for part in (attention, rotary):
-            monkeypatch.setattr(part, "on_gpu", lambda _, head_dim: rotary.is_power(head_dim))
-    with contextlib.nullcontext() if GPU else interpreted.operators():
+def somewhere_to_run() -> Iterator[None]:
+    with contextlib.nullcontext() if GPU else interpreted.triton_backend():
         yield
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from openpi_duquant import PRESETS
 from openpi_duquant import convert
-from openpi_duquant import kernels
 from openpi_duquant import profiling
 from openpi_duquant import synthetic
 from openpi_duquant.accuracy import relative_error
@@ -24,10 +23,7 @@ from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.engine import Policy
 from openpi_duquant.engine import gemma
 from openpi_duquant.engine import load_policy
-from openpi_duquant.kernels import attention
 from openpi_duquant.kernels import persistent
-from openpi_duquant.kernels import rotary
-from openpi_duquant.linear import module
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -47,13 +43,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     launch = persistent_triton.launch
     if not GPU:
         launch = functools.partial(launch, interpreted=True)
-        anywhere = {"can_run": kernels.BACKENDS["reference"].can_run, "load": kernels.BACKENDS["reference"].load}
-        monkeypatch.setitem(kernels.BACKENDS, "triton", dataclasses.replace(kernels.BACKENDS["triton"], **anywhere))
-        monkeypatch.setattr(module, "fused_transform", interpreted.fused_transform)
-        for part in (attention, rotary, persistent):
-            monkeypatch.setattr(part, "on_gpu", lambda _, head_dim: rotary.is_power(head_dim))
     monkeypatch.setattr(persistent_triton, "launch", lambda y, *rest, **how: given.append(y) or launch(y, *rest, **how))
-    with contextlib.nullcontext() if GPU else interpreted.operators():
+    with contextlib.nullcontext() if GPU else interpreted.triton_backend():
         yield given
 
 
