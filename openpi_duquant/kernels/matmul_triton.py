@@ -118,23 +118,20 @@ def _matmul(
     n = columns_of(start_n, BN, HEAD)
     k = tl.arange(0, BK)
     known_m, known_n = m < M, n < N
-    a_tile = a_ptr + tl.where(known_m, m, 0).to(tl.int64)[None, :] * a_stride + k[:, None]
+    a_tile = a_ptr + m.to(tl.int64)[None, :] * a_stride + k[:, None]
     w_rows = weight_ptr + tl.where(known_n, n, 0).to(tl.int64) * K
     w_tile = w_rows[:, None] + k[None, :]
     sums = tl.zeros((BN, BM), tl.int32)
     for start in range(0, K, BK):
         if K % BK == 0:
             w = tl.load(w_tile)
-            a = tl.load(a_tile)
         else:
             w = tl.load(w_tile, mask=(start + k < K)[None, :], other=0)
-            a = tl.load(a_tile, mask=(start + k < K)[:, None], other=0)
+        inside_a = known_m[None, :] & (start + k < K)[:, None]
+        a = tl.load(a_tile, mask=inside_a, other=0)
         if INT4:
             sums = tl.dot(_signed(w, HIGH=False, INTERPRETED=INTERPRETED), a, sums, out_dtype=tl.int32)
-            if K % BK == 0:  # noqa: SIM108
-                a = tl.load(a_tile + K)
-            else:
-                a = tl.load(a_tile + K, mask=(start + k < K)[:, None], other=0)
+            a = tl.load(a_tile + K, mask=inside_a, other=0)
             sums = tl.dot(_signed(w, HIGH=True, INTERPRETED=INTERPRETED), a, sums, out_dtype=tl.int32)
         else:
             sums = tl.dot(w, a, sums, out_dtype=tl.int32)
@@ -172,7 +169,8 @@ def sums_of(w, a_ptr, m, M, part, K: tl.constexpr, PART: tl.constexpr, INTERPRET
     """Sums [BM, BN] int32, over the channels of that part, of int4 weights, see `read_weights`, and rows m of
     a [M, 2 K]."""
     k = part * PART + tl.arange(0, PART)
-    at = a_ptr + tl.where(m < M, m, 0)[None, :] * (2 * K) + k[:, None]
-    sums = tl.dot(_signed(w, HIGH=False, INTERPRETED=INTERPRETED), tl.load(at), out_dtype=tl.int32)
-    sums = tl.dot(_signed(w, HIGH=True, INTERPRETED=INTERPRETED), tl.load(at + K), sums, out_dtype=tl.int32)
+    at, known = a_ptr + m[None, :] * (2 * K) + k[:, None], (m < M)[None, :]
+    low, high = tl.load(at, mask=known, other=0), tl.load(at + K, mask=known, other=0)
+    sums = tl.dot(_signed(w, HIGH=False, INTERPRETED=INTERPRETED), low, out_dtype=tl.int32)
+    sums = tl.dot(_signed(w, HIGH=True, INTERPRETED=INTERPRETED), high, sums, out_dtype=tl.int32)
     return (sums >> 4).T

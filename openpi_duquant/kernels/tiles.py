@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+BUCKETS = (16, 32, 64, 128, 256, 512, 640, 1024, 2048, 4096)
 """Numbers of rows M up to which a measured tile is used."""
 
 
