@@ -123,7 +123,7 @@ def _matmul(
     w_tile = w_rows[:, None] + k[None, :]
     sums = tl.zeros((BN, BM), tl.int32)
     for start in range(0, K, BK):
-        if K % BK == 0:
+        if K % BK == 0:  # noqa: SIM108
             w = tl.load(w_tile)
         else:
             w = tl.load(w_tile, mask=(start + k < K)[None, :], other=0)

@@ -153,15 +153,15 @@ def multiply(
 
 @triton.jit
 def read_keys(
-    keys_ptr, values_ptr, visible_ptr, unit, blocks, splits, prefix, D: tl.constexpr, KEYS: tl.constexpr,
+    keys_ptr, values_ptr, visible_ptr, unit, batches, blocks, splits, prefix, D: tl.constexpr, KEYS: tl.constexpr,
     VISIBLE: tl.constexpr,
 ):  # fmt: skip
-    """Cached keys and values [KEYS, D] of a unit, and which of them are seen; the prefix has no more than the splits
-    before those of the queries' own keys."""
-    key = unit // blocks % splits * KEYS + tl.arange(0, KEYS)
-    token = unit // (blocks * splits) * prefix + key
+    """Cached keys and values [KEYS, D] of a unit, if there is such a unit, and which of them are seen; the prefix has
+    no more than the splits before those of the queries' own keys."""
+    key, element = unit // blocks % splits * KEYS + tl.arange(0, KEYS), unit // (blocks * splits)
+    token = element * prefix + key
     at = token[:, None] * D + tl.arange(0, D)[None, :]
-    known = key < prefix
+    known = key < tl.where(element < batches, prefix, 0)
     k = tl.load(keys_ptr + at, mask=known[:, None], other=0.0)
     v = tl.load(values_ptr + at, mask=known[:, None], other=0.0)
     return k, v, (tl.load(visible_ptr + token, mask=known, other=0) != 0) if VISIBLE else known

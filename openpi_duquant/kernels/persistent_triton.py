@@ -182,7 +182,9 @@ def _layers(
                 arrive(counter_ptr)
         if ALL or OPERATION == 2:
             keys, values = keys_ptr + cached, values_ptr + cached
-            k, v, seen = read_keys(keys, values, visible_ptr, program, blocks, splits, prefix, D, KEYS, VISIBLE)
+            k, v, seen = read_keys(
+                keys, values, visible_ptr, program, batches, blocks, splits, prefix, D, KEYS, VISIBLE
+            )  # fmt: skip
             if ALL:
                 wait_for(counter_ptr, (done + 2) * programs)
             for unit in range(program, blocks * splits * batches, programs):
@@ -191,7 +193,9 @@ def _layers(
                     D, ROWS, KEYS, SPLITS, STATE_FIRST, EXACT,
                 )  # fmt: skip
                 later = unit + programs
-                k, v, seen = read_keys(keys, values, visible_ptr, later, blocks, splits, prefix, D, KEYS, VISIBLE)
+                k, v, seen = read_keys(
+                    keys, values, visible_ptr, later, batches, blocks, splits, prefix, D, KEYS, VISIBLE
+                )  # fmt: skip
             if ALL:
                 arrive(counter_ptr)
         if ALL or OPERATION == 3:
