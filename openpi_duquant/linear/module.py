@@ -179,7 +179,7 @@ class QuantLinear(nn.Module):
 
     @property
     def fuses_geglu(self) -> bool:
-        """Whether GeGLU is best its epilogue: part of its matmul; else it is a prologue of the layer that follows."""
+        """Whether its matmul applies `Epilogue.geglu` itself; else a prologue of the layer that follows costs less."""
         return kernels.BACKENDS[self.prepared()].fuses_epilogue and self.restore is None
 
     def quantize_input(self, x: Tensor, prologue: Prologue = NO_PROLOGUE) -> QuantizedInput:
