@@ -39,10 +39,11 @@ _TRANSFORM = {
 }  # fmt: skip
 _MATMUL = {
     "BN": 64, "BK": 128, "GROUP": 1, "K": 512, "INT4": True, "BIAS": False, "HADAMARD": False, "BLOCK": 0, "GAIN": 1.0,
-    "HEAD": 0, "RESIDUAL": True, "GATE": True, "EXACT": False, "INTERPRETED": False,
+    "HEAD": 0, "GEGLU": False, "RESIDUAL": True, "GATE": True, "EXACT": False, "INTERPRETED": False,
 }  # fmt: skip
 _FLOAT32 = {"weight_ptr": "*fp32", "bias_ptr": "*fp32"}
 _ROTARY = {"HEAD": 256, "RESIDUAL": False, "GATE": False}
+_GEGLU = {"HEAD": 8192, "GEGLU": True, "RESIDUAL": False, "GATE": False}
 KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
     "row": (
         transform_triton._by_row,
@@ -52,6 +53,7 @@ KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
     "matmul, few": (matmul_triton._matmul, _MATMUL | {"BM": 16}),
     "matmul, many": (matmul_triton._matmul, _MATMUL | {"BM": 128}),
     "matmul, rotary": (matmul_triton._matmul, _MATMUL | _ROTARY | {"BM": 16}),
+    "matmul, GeGLU": (matmul_triton._matmul, _MATMUL | _GEGLU | {"BM": 16}),
     "rotary": (rotary_triton._rotary, {"HEADS": 9, "PADDED": 16, "HALF": 128}),
     "layer norm": (layer_norm_triton._add_layer_norm, {"EPS": 1e-6, "WIDTH": 1152, "PADDED": 2048}),
     "embed actions": (

@@ -14,6 +14,7 @@ from openpi_duquant.kernels import attention
 from openpi_duquant.kernels import persistent
 from openpi_duquant.kernels import rotary
 from openpi_duquant.kernels import transform
+from openpi_duquant.kernels import triton_matmul
 from openpi_duquant.kernels.reference import NO_PROLOGUE
 from openpi_duquant.kernels.reference import Prologue
 from openpi_duquant.kernels.tiles import Tile
@@ -35,9 +36,9 @@ def _fused_transform(x: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tens
 def _triton_matmul(a: Tensor, act_scale: Tensor, weight: Tensor, *operands: object) -> Tensor:
     from openpi_duquant.kernels import matmul_triton  # noqa: PLC0415
 
-    *rest, dtype = operands
-    out = a.new_empty(len(a), len(weight), dtype=dtype)
-    matmul_triton.launch(out, a, act_scale, weight, *rest, TILES[weight.dtype], interpreted=True)
+    *rest, geglu, _ = operands
+    out = triton_matmul._fake(a, act_scale, weight, *operands)
+    matmul_triton.launch(out, a, act_scale, weight, *rest, TILES[weight.dtype], geglu=geglu, interpreted=True)
     return out
 
 

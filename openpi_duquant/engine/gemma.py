@@ -23,8 +23,6 @@ from openpi_duquant.linear import shared_forward
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one layer, each [B, P, D], or of all, each [L, B, P, D]."""
 
-_GEGLU = Prologue(geglu=True)
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + weight)."""
@@ -147,11 +145,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, norm: Prologue, gate: Tensor | None) -> Tensor:
         """x + gate * mlp(norm(x)), [..., W]; no gate stands for ones."""
+        gated = False
         if hasattr(self, "gate_up_proj"):
-            gate_up = apply_linear(self.gate_up_proj, x, norm)
+            gated = isinstance(self.gate_up_proj, QuantLinear) and self.gate_up_proj.fuses_geglu
+            y = apply_linear(self.gate_up_proj, x, norm, Epilogue(geglu=gated))
         else:
-            gate_up = torch.cat(shared_forward((self.gate_proj, self.up_proj), x, norm), dim=-1)
-        return apply_linear(self.down_proj, gate_up, _GEGLU, Epilogue(residual=x, gate=gate))
+            y = torch.cat(shared_forward((self.gate_proj, self.up_proj), x, norm), dim=-1)
+        return apply_linear(self.down_proj, y, Prologue(geglu=not gated), Epilogue(residual=x, gate=gate))
 
 
 class DecoderLayer(nn.Module):

@@ -12,6 +12,7 @@ import triton.language as tl
 from openpi_duquant.kernels.blocks_triton import block_diagonal
 from openpi_duquant.kernels.rotary_triton import turn
 from openpi_duquant.kernels.tiles import Tile
+from openpi_duquant.kernels.transform_triton import geglu_of
 
 
 def launch(
@@ -29,22 +30,25 @@ def launch(
     gate: Tensor | None,
     tile: Tile,
     *,
+    geglu: bool = False,
     interpreted: bool = False,
 ) -> None:
-    """Fills out [M, N]; arguments as `triton_matmul.matmul`, contiguous, the rotation as matrices or by its size."""
-    (m, n), k = out.shape, a.shape[1]
+    """Fills out [M, N], or [M, N / 2] with GeGLU, which nothing follows and no rotation precedes; arguments as
+    `triton_matmul.matmul`, contiguous, the rotation as matrices or by its size."""
+    (m, k), n = a.shape, len(weight)
     block = hadamard if matrices is None else matrices.shape[-1]
     if block:  # the rotation of a tile's columns takes shared memory too
         tile = tile._replace(rows=min(tile.rows, 64), columns=64)
-    head = 0 if cos is None else cos.shape[-1]
-    if head:
+    head = n if geglu else 0  # gate | up are the halves of one
+    if cos is not None:
+        head = cos.shape[-1]
         tile = tile._replace(columns=min(tile.columns, head))
     _matmul[(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
         a, act_scale, weight, weight_scale, bias, matrices, cos, sin, residual, gate, out, m, n, k,
         BM=tile.rows, BN=tile.columns, BK=tile.channels, GROUP=tile.group, K=weight.shape[1],
         INT4=weight.shape[1] < k, BIAS=bias is not None, HADAMARD=hadamard > 0, BLOCK=block,
-        GAIN=hadamard**-0.5 if hadamard else 1.0, HEAD=head, RESIDUAL=residual is not None, GATE=gate is not None,
-        EXACT=interpreted or out.dtype == torch.float32, INTERPRETED=interpreted,
+        GAIN=hadamard**-0.5 if hadamard else 1.0, HEAD=head, GEGLU=geglu, RESIDUAL=residual is not None,
+        GATE=gate is not None, EXACT=interpreted or out.dtype == torch.float32, INTERPRETED=interpreted,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -68,8 +72,8 @@ def _signed(packed, HIGH: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _pairs(start, BN: tl.constexpr, HEAD: tl.constexpr):
-    """Columns of the tile that begins at `start` where heads are turned: j and j + 1 hold channels i and i + HEAD / 2,
-    which turn together, so that a tile has as many of a head's first half as of its second."""
+    """Columns of the tile that begins at `start` where heads are turned, or gated: j and j + 1 hold channels i and
+    i + HEAD / 2, which belong together, so that a tile has as many of a head's first half as of its second."""
     j = tl.arange(0, BN)
     return start // HEAD * HEAD + start % HEAD // 2 + j // 2 + j % 2 * (HEAD // 2)
 
@@ -104,8 +108,7 @@ def _matmul(
     gate_ptr, out_ptr, M, N, a_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, INT4: tl.constexpr,
     BIAS: tl.constexpr, HADAMARD: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr, HEAD: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr,
-
+    GEGLU: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A tile [BM, BN] a program; K counts the stored columns of the weight. Sums are [BN, BM]: weights come from
     registers, which the tensor cores take on the left."""
@@ -145,11 +148,15 @@ def _matmul(
         y = tl.dot(y, rotation, input_precision="ieee" if EXACT else "tf32x3") * GAIN
     if BIAS:
         y += tl.load(bias_ptr + n, mask=known_n, other=0.0).to(tl.float32)[None, :]
-    if HEAD > 0:
+    if GEGLU:
+        gate, up = tl.split(tl.reshape(y.to(out_ptr.dtype.element_ty), (BM, BN // 2, 2)))
+        y = geglu_of(gate, up)
+        n, N = start_n // 2 + tl.arange(0, BN // 2), N // 2
+    elif HEAD > 0:
         cos, sin = read_angles(cos_ptr, sin_ptr, m, M, start_n, N, BN, HEAD)
         y = turned(y, cos, sin, BM, BN)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
-    inside = known_m[:, None] & known_n[None, :]
+    inside = known_m[:, None] & (n < N)[None, :]
     if RESIDUAL:
         if GATE:
             y *= tl.load(gate_ptr + n, mask=known_n, other=0.0).to(tl.float32)[None, :]

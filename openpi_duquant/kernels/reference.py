@@ -34,11 +34,18 @@ NORM_EPS = 1e-6
 """What RMS norms add to the mean square, as in Gemma."""
 
 
+def gated(x: Tensor) -> Tensor:
+    """GeGLU (Shazeer 2020, arXiv:2002.05202) of x = gate | up [..., 2 K]: gelu(gate) * up [..., K], GELU by its tanh
+    approximation; each step is rounded to the type of x."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
 class Prologue(NamedTuple):
     """What a layer's input is made from, element by element; each step is rounded to the type of x.
 
     Attributes:
-        geglu: x = gate | up becomes gelu(gate) * up, GELU by its tanh approximation.
+        geglu: x = gate | up becomes gelu(gate) * up, see `gated`.
         norm: x becomes x / rms(x) * (1 + scale) + shift.
         scale: [K], or None for zeros: weight of Gemma's RMS norm, or scale of adaRMS.
         shift: [K], or None for zeros.
@@ -51,9 +58,7 @@ class Prologue(NamedTuple):
 
     def apply(self, x: Tensor) -> Tensor:
         """x [..., K], or [..., 2 K] for GeGLU -> [..., K], the same dtype."""
-        if self.geglu:
-            gate, up = x.chunk(2, dim=-1)
-            x = F.gelu(gate, approximate="tanh") * up
+        x = gated(x) if self.geglu else x
         if self.norm:
             y = x.float()
             y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPS)
@@ -66,18 +71,20 @@ NO_PROLOGUE = Prologue()
 
 
 class Epilogue(NamedTuple):
-    """What is made of a layer's output y: residual + gate * rotary(y), without what is None.
+    """What is made of a layer's output y: residual + gate * rotary(geglu(y)), without what is None or not asked for.
 
     Attributes:
         rotary: Cosines and sines [..., D] of every token, which turn all heads of D channels but the last, see
             `rotary.rotary`.
         residual: [..., N].
         gate: [N].
+        geglu: y = gate | up, rounded to the output type, becomes what a `Prologue` of the next layer would make of it.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
     residual: Tensor | None = None
     gate: Tensor | None = None
+    geglu: bool = False
 
     def by_token(self, tokens: int) -> "Epilogue":
         """The same for an output [tokens, N].
@@ -90,10 +97,11 @@ class Epilogue(NamedTuple):
             return x.reshape(tokens, x.shape[-1]).contiguous()
 
         rotary = self.rotary and (flat(self.rotary[0]), flat(self.rotary[1]))
-        return Epilogue(rotary, None if self.residual is None else flat(self.residual), self.gate)
+        return self._replace(rotary=rotary, residual=None if self.residual is None else flat(self.residual))
 
     def apply(self, y: Tensor) -> Tensor:
-        """y [..., N] -> [..., N], the same dtype."""
+        """y [..., N], or [..., 2 N] for GeGLU -> [..., N], the same dtype."""
+        y = gated(y) if self.geglu else y
         y = y if self.rotary is None else rotary(y, *self.rotary)
         y = y if self.gate is None else y * self.gate.to(y.dtype)
         return y if self.residual is None else self.residual + y
@@ -165,8 +173,8 @@ def matmul(
     row_sum: Tensor | None = None,
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
-    """As `backend.Matmul`, by its definition, then the epilogue, rounded once; the weight is the canonical one, the
-    sums are not used."""
+    """As `backend.Matmul`, by its definition, then the epilogue, rounded once, but for GeGLU, which takes rounded
+    factors; the weight is the canonical one, the sums are not used."""
     with span("matmul", a):
         codes = packing.unpack(weight)
         if act_scale is None:
@@ -174,7 +182,7 @@ def matmul(
                 y = a.float() @ quant.dequantize_weight(codes, weight_scale).T
         else:
             y = accumulate(a, codes, weight_scale, 4 if weight.dtype == torch.uint8 else 8) * act_scale
-    y = restore_output(y, bias, output_rotation, torch.float32)
+    y = restore_output(y, bias, output_rotation, dtype if epilogue.geglu else torch.float32)
     return epilogue.by_token(len(y)).apply(y).to(dtype)
 
 

@@ -133,6 +133,7 @@ def _epilogues(y: Tensor, dtype: torch.dtype, random: torch.Generator) -> dict[s
         "": Epilogue(),
         " with rotary embedding": Epilogue(rotary=(angle.cos().to(dtype), angle.sin().to(dtype))),
         " with residual": Epilogue(residual=residual.to(dtype), gate=gate),
+        " with GeGLU": Epilogue(geglu=True),
     }
 
 

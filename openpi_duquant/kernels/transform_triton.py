@@ -51,15 +51,20 @@ def launch(
 
 
 @triton.jit
+def geglu_of(gate, up):
+    """gelu(gate) * up, both factors rounded to their type, as torch does."""
+    x = gate.to(tl.float32)
+    # 0.5 (1 + tanh u) = 1 / (1 + 2^(-2 u / ln 2)), u = sqrt(2 / pi) (x + 0.044715 x^3)
+    x = x / (1.0 + tl.exp2(-2.302208198 * (x + 0.044715 * x * x * x)))
+    return (x.to(gate.dtype).to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def gated(x_ptr, channel, inside, K: tl.constexpr, GEGLU: tl.constexpr):
-    """Channels of x; of gelu(gate) * up where x = gate | up, both factors rounded to the type of x, as torch does."""
+    """Channels of x; of gelu(gate) * up where x = gate | up."""
     x = tl.load(x_ptr + channel, mask=inside, other=0.0)
     if GEGLU:
-        gate = x.to(tl.float32)
-        up = tl.load(x_ptr + K + channel, mask=inside, other=0.0).to(tl.float32)
-        # 0.5 (1 + tanh u) = 1 / (1 + 2^(-2 u / ln 2)), u = sqrt(2 / pi) (gate + 0.044715 gate^3)
-        gate = gate / (1.0 + tl.exp2(-2.302208198 * (gate + 0.044715 * gate * gate * gate)))
-        x = (gate.to(x.dtype).to(tl.float32) * up).to(x.dtype)
+        x = geglu_of(x, tl.load(x_ptr + K + channel, mask=inside, other=0.0))
     return x
 
 

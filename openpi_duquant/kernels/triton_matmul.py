@@ -78,45 +78,54 @@ def matmul(
     row_sum: Tensor | None = None,
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
-    """As `backend.Matmul`, then the epilogue, in one launch and rounded once; the sums are not used.
+    """As `backend.Matmul`, then the epilogue, in one launch and rounded as by definition; the sums are not used.
 
-    Where an output rotation comes before a rotary embedding, or heads are of no power of two, the epilogue is applied
-    to the result.
+    Where an output rotation comes before a rotary embedding or GeGLU, heads are of no power of two, or anything follows
+    GeGLU, the epilogue is applied to the result.
     """
     del row_sum
     rotation = transforms.as_operands(output_rotation)
     epilogue = epilogue.by_token(len(a))
-    fits = epilogue.rotary is None or (output_rotation is None and is_power(epilogue.rotary[0].shape[-1]))
-    turned, *added = epilogue if fits else NO_EPILOGUE
-    after = *(turned or (None, None)), *added, dtype
+    fits = _fits(epilogue, output_rotation)
+    turned, *others = epilogue if fits else NO_EPILOGUE
+    after = *(turned or (None, None)), *others, dtype
     with span("matmul", a):
         y = torch.ops.openpi_duquant.triton_matmul(a, act_scale, weight, weight_scale, bias, *rotation, *after)
     return y if fits else epilogue.apply(y)
 
 
+def _fits(epilogue: Epilogue, output_rotation: transforms.Rotation) -> bool:
+    """Whether the kernel takes it."""
+    turned, residual, gate, geglu = epilogue
+    if geglu:
+        return output_rotation is None and turned is residual is gate is None
+    return turned is None or (output_rotation is None and is_power(turned[0].shape[-1]))
+
+
 torch.library.define(
     "openpi_duquant::triton_matmul",
     "(Tensor a, Tensor act_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? matrices, int hadamard, "
-    "Tensor? cos, Tensor? sin, Tensor? residual, Tensor? gate, ScalarType dtype) -> Tensor",
+    "Tensor? cos, Tensor? sin, Tensor? residual, Tensor? gate, bool geglu, ScalarType dtype) -> Tensor",
 )
 
 
 @torch.library.register_fake("openpi_duquant::triton_matmul")
 def _fake(a: Tensor, act_scale: Tensor, weight: Tensor, *operands: object) -> Tensor:
     del act_scale
-    return a.new_empty(len(a), len(weight), dtype=operands[-1])
+    *_, geglu, dtype = operands
+    return a.new_empty(len(a), len(weight) // 2 if geglu else len(weight), dtype=dtype)
 
 
 @torch.library.impl("openpi_duquant::triton_matmul", "CUDA")
 def _on_gpu(a: Tensor, act_scale: Tensor, weight: Tensor, *operands: object) -> Tensor:
     from openpi_duquant.kernels import matmul_triton  # noqa: PLC0415  triton is there where CUDA is
 
-    *rest, dtype = operands
+    *rest, geglu, _ = operands
     (m, k), n = a.shape, len(weight)
     tile = tiles.tile_for(architecture(a.device), m, n, k, bits=8 if weight.dtype == torch.int8 else 4)
-    out = a.new_empty(m, n, dtype=dtype)
+    out = _fake(a, act_scale, weight, *operands)
     with torch.cuda.device_of(a):
-        matmul_triton.launch(out, a, act_scale, weight, *rest, tile)
+        matmul_triton.launch(out, a, act_scale, weight, *rest, tile, geglu=geglu)
     return out
 
 

@@ -177,6 +177,11 @@ class QuantLinear(nn.Module):
         untransformed = all(part is None for part in self.transform)
         return untransformed and self.spec.activation_bits == 8 and kernels.BACKENDS[self.prepared()].fused
 
+    @property
+    def fuses_geglu(self) -> bool:
+        """Whether its matmul applies `Epilogue.geglu` itself; else a prologue of the layer that follows costs less."""
+        return kernels.BACKENDS[self.prepared()].fuses_epilogue and self.restore is None
+
     def quantize_input(self, x: Tensor, prologue: Prologue = NO_PROLOGUE) -> QuantizedInput:
         """Prologue, transform and rounding of x [..., K], once for all layers that share it."""
         fused = kernels.BACKENDS[self.prepared()].fused
@@ -188,13 +193,14 @@ class QuantLinear(nn.Module):
             return QuantizedInput(self.transform.apply(prologue.apply(x).float()))
 
     def matmul(self, quantized: QuantizedInput, like: Tensor, epilogue: Epilogue = NO_EPILOGUE) -> Tensor:
-        """epilogue(quantized W^T + b): [..., N], tokens and dtype those of `like`, as of `quantize_input(like)`."""
+        """epilogue(quantized W^T + b): [..., N], or [..., N / 2] for GeGLU, tokens and dtype those of `like`, as of
+        `quantize_input(like)`."""
         backend = kernels.BACKENDS[self.prepared()]
         a, act_scale, row_sum = quantized
         given = {"epilogue": epilogue} if backend.fuses_epilogue else {}
         weight = self.weight_packed, self.weight_scale
         y = backend.matmul(a, act_scale, *weight, self.bias, self.restore, like.dtype, row_sum, **given)
-        y = y.reshape(*like.shape[:-1], self.out_features)
+        y = y.reshape(*like.shape[:-1], y.shape[-1])
         return y if given else epilogue.apply(y)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,7 +239,7 @@ def name_layers(model: nn.Module) -> None:
 def apply_linear(
     layer: nn.Module, x: Tensor, prologue: Prologue = NO_PROLOGUE, epilogue: Epilogue = NO_EPILOGUE
 ) -> Tensor:
-    """epilogue(layer(prologue(x))), [..., N], in as few launches as the layer's backend can.
+    """epilogue(layer(prologue(x))), [..., N], or [..., N / 2] for GeGLU, in as few launches as the layer's backend can.
 
     Args:
         layer: nn.Linear or QuantLinear.

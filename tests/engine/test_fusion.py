@@ -52,23 +52,30 @@ def run(policy: Policy, step: Callable[[], object] = lambda: None) -> list[Tenso
 
 
 class Calls(TorchDispatchMode):
-    """Counts the project's operators."""
+    """Counts the project's operators, and names those that apply GeGLU."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.geglu: set[str] = set()
 
     def __torch_dispatch__(
         self, func: torch._ops.OpOverload, types: object, args: tuple[object, ...] = (), kwargs: object = None
     ) -> object:
         del types
         self.count += func.namespace == "openpi_duquant"
+        arguments = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+        if arguments.get("geglu"):
+            self.geglu.add(func._opname)
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("preset", "operators"), [("default", 8), ("simple", 8), ("optimized", 9)])
+@pytest.mark.parametrize(
+    ("preset", "operators", "geglu"),
+    [("default", 8, "triton_matmul"), ("simple", 8, "triton_matmul"), ("optimized", 9, "fused_transform")],
+)
 def test_layers_are_their_definition_in_few_operators(
-    converted: Callable[[str], pathlib.Path], preset: str, operators: int
+    converted: Callable[[str], pathlib.Path], preset: str, operators: int, geglu: str
 ) -> None:
     policies = {
         name: load_policy(converted(preset), backend=name, dtype=torch.float32, device=DEVICE)
@@ -79,6 +86,7 @@ def test_layers_are_their_definition_in_few_operators(
     with calls:
         actual = run(policies["triton"], step=lambda: before.append(calls.count))
     assert calls.count - before[0] == operators * policies["triton"].architecture.expert.depth
+    assert calls.geglu == {geglu}
     expected = run(policies["reference"])
     for part, wanted in zip(actual, expected, strict=True):
         assert relative_error(part.cpu(), wanted.cpu()) < 1e-2

@@ -58,10 +58,11 @@ def test_the_matmul(bits: int) -> None:
     scales = [torch.rand(size, 1, device=DEVICE) for size in (m, n)]
     given = integers(m, k), scales[0], weight, scales[1]
     for rest in (
-        (None, None, 0, None, None, None, None),
-        (random(n), None, 16, None, None, random(m, n), random(n, dtype=torch.float32)),
-        (None, rotations(n, 16), 0, None, None, random(m, n), None),
-        (random(n), None, 0, random(m, 16), random(m, 16), None, None),
+        (None, None, 0, None, None, None, None, False),
+        (random(n), None, 16, None, None, random(m, n), random(n, dtype=torch.float32), False),
+        (None, rotations(n, 16), 0, None, None, random(m, n), None, False),
+        (random(n), None, 0, random(m, 16), random(m, 16), None, None, False),
+        (random(n), None, 0, None, None, None, None, True),
     ):
         torch.library.opcheck(OPERATORS.triton_matmul.default, (*given, *rest, DTYPE))
 

@@ -1,17 +1,23 @@
 """The Triton matmul against integers of 64 bits; without a GPU in Triton's interpreter."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from openpi_duquant import packing
+from openpi_duquant.kernels import reference
 from openpi_duquant.kernels import tiles
+from openpi_duquant.kernels import transform
 from openpi_duquant.kernels import triton_matmul
 from openpi_duquant.kernels.backend import Problem
+from openpi_duquant.kernels.reference import Epilogue
 from openpi_duquant.kernels.tiles import Tile
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 SHAPES = [(1, 64, 16), (3, 192, 40), (17, 200, 64), (33, 96, 136)]
 SMALL = Tile(16, 32, 32, 2, 4, 2)
 INT8_SMALL = Tile(16, 32, 64, 1, 4, 2)
@@ -34,7 +40,7 @@ def run(a: Tensor, w: Tensor, bits: int, scales: tuple[Tensor, Tensor], dtype: t
     """Launches the kernel into a poisoned output."""
     from openpi_duquant.kernels import matmul_triton  # noqa: PLC0415
 
-    out = torch.full((len(a), len(w)), torch.nan, dtype=dtype, device=DEVICE)
+    out = torch.full((len(a), len(w) // (2 if given.get("geglu") else 1)), torch.nan, dtype=dtype, device=DEVICE)
     weight = triton_matmul.repack(problem(bits), packing.pack(w.to(torch.int8), bits))
     options = dict.fromkeys(("bias", "matrices", "cos", "sin", "residual", "gate")) | {"hadamard": 0} | given
     tile = SMALL if bits == 4 else INT8_SMALL
@@ -69,7 +75,7 @@ def test_sums_are_exact(m: int, k: int, n: int, bits: int) -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extra", ["none", "bias", "hadamard", "matrices", "residual", "gated"])
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 32), (17, 200, 64)])
 def test_the_epilogue_is_the_formula(m: int, k: int, n: int, extra: str, dtype: torch.dtype) -> None:
@@ -97,6 +103,57 @@ def test_the_epilogue_is_the_formula(m: int, k: int, n: int, extra: str, dtype: 
     actual = run(a, w, 4, scales, dtype, **given)
     error = (actual.double() - y).abs().max() / y.abs().max()
     assert error < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+@pytest.mark.triton
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # the interpreter's, of gates far below zero
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_geglu_is_that_of_the_transform_after_it(
+    m: int, k: int, n: int, bits: int, dtype: torch.dtype, *, biased: bool
+) -> None:
+    from openpi_duquant.kernels import transform_triton  # noqa: PLC0415
+
+    torch.manual_seed(2)
+    a, w, act_scale, weight_scale = operands(m, k, n, bits)
+    bias = torch.randn(n, device=DEVICE) if biased else None
+    given = a, w, bits, (act_scale / 100, weight_scale / (10 if bits == 4 else 100)), dtype
+    y, gated = run(*given, bias=bias), run(*given, bias=bias, geglu=True)
+
+    def rounded(x: Tensor, *, geglu: bool) -> tuple[Tensor, ...]:
+        outputs = transform.empty(x, m, n // 2)
+        nothing = None, None, None, None, 0
+        transform_triton.launch(x, *nothing, outputs, geglu=geglu, norm=False, float32=True)
+        return outputs
+
+    for actual, wanted in zip(rounded(gated, geglu=False), rounded(y, geglu=True), strict=True):
+        assert torch.equal(actual, wanted)
+    gate, up = y.double().chunk(2, dim=1)
+    expected = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+    assert (gated.double() - expected).abs().max() < 2 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_a_matmul_with_geglu_leaves_the_rest_to_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, residual, gate, angles = torch.randn(3, 64), torch.randn(3, 32), torch.randn(32), torch.randn(2, 3, 16)
+    launched = []
+
+    def operator(*given: object) -> Tensor:
+        launched.append(given[-2])
+        return reference.gated(y) if given[-2] else y
+
+    monkeypatch.setattr(torch.ops.openpi_duquant, "triton_matmul", operator)
+    given = torch.zeros(3, 8), None, y, None, None
+    for epilogue, rotation, fused in (
+        (Epilogue(geglu=True), None, True),
+        (Epilogue(geglu=True), 16, False),
+        (Epilogue(geglu=True, residual=residual, gate=gate), None, False),
+        (Epilogue(geglu=True, rotary=tuple(angles)), None, False),
+    ):
+        actual = triton_matmul.matmul(*given, rotation, torch.float32, epilogue=epilogue)
+        assert torch.equal(actual, epilogue.apply(y))
+        assert launched.pop() == fused
 
 
 @pytest.mark.parametrize("m", [1, 16, 17, 64, 65, 968, 5000])

@@ -11,8 +11,11 @@ from torch import nn
 
 from openpi_duquant import kernels
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.kernels.reference import Epilogue
+from openpi_duquant.kernels.reference import Prologue
 from openpi_duquant.linear import LayerSpec
 from openpi_duquant.linear import QuantLinear
+from openpi_duquant.linear import apply_linear
 from openpi_duquant.linear import shared_forward
 
 K, N = 48, 24
@@ -194,6 +197,18 @@ def test_a_layer_only_rounds_if_it_neither_permutes_nor_rotates(
     monkeypatch.setitem(kernels.BACKENDS, "reference", fused)
     untouched = (spec.permute, spec.pre_rotation, spec.rotation) == (False, False, "none")
     assert filled(spec, "reference").only_rounds == (untouched and spec.activation_bits == 8)
+
+
+@every_spec
+@pytest.mark.parametrize("backend", ["reference", "fake"])
+def test_geglu_is_the_next_layers_wherever_it_is_computed(spec: LayerSpec, backend: str) -> None:
+    layer = filled(spec, backend)
+    x = torch.randn(2, 3, K).bfloat16()
+    expected = Prologue(geglu=True).apply(layer(x))
+    assert expected.shape == (2, 3, N // 2)
+    assert torch.equal(apply_linear(layer, x, epilogue=Epilogue(geglu=True)), expected)
+    restored = spec.output_rotation not in ("none", "folded")
+    assert layer.fuses_geglu == (backend == "reference" and not restored)
 
 
 def test_shared_forward_equals_calls_and_quantizes_once_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
