@@ -6,9 +6,9 @@ import dataclasses
 import threading
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-import torch.nn.functional as F  # noqa: N812
 
 from openpi_duquant.engine.observation import Prefix
 
@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
     """What a call computes from.
 
     Attributes:
-        images: [B, C, 3, 224, 224] fp32 in [-1, 1].
+        images: [B, C, 224, 224, 3] uint8, or [B, C, 3, 224, 224] fp32 in [-1, 1].
         image_mask: [B, C] bool.
         text: [B, L, W], embedded prompts.
         token_mask: [B, L] bool.
@@ -93,9 +93,11 @@ class Graphs:
 
     def padded(self, prefix: Prefix) -> Prefix:
         """The prefix with its prompts padded to a multiple of `PROMPT_BUCKET`, masked there."""
-        more = -prefix.tokens.shape[1] % PROMPT_BUCKET
-        tokens, mask = F.pad(prefix.tokens, (0, more)), F.pad(prefix.token_mask, (0, more))
-        return dataclasses.replace(prefix, tokens=tokens, token_mask=mask)
+        batch, length = prefix.tokens.shape
+        shape = batch, length + -length % PROMPT_BUCKET
+        tokens, mask = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
+        tokens[:, :length], mask[:, :length] = prefix.tokens.numpy(), prefix.token_mask.numpy()
+        return Prefix(prefix.images, prefix.image_mask, torch.from_numpy(tokens), torch.from_numpy(mask))
 
     def __call__(self, inputs: Inputs, schedule: Tensor) -> Tensor:
         """Actions, of memory of their own; the first call of a shape captures its graph.

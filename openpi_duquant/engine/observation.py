@@ -4,14 +4,17 @@ from collections.abc import Mapping
 import dataclasses
 import itertools
 
+import numpy as np
 import torch
 from torch import Tensor
 import torch.nn.functional as F  # noqa: N812
 
 from openpi_duquant.architecture import IMAGE_SIZE
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.engine.placement import staging
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+FRAME = IMAGE_SIZE, IMAGE_SIZE, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Prefix:
     """What the language model reads: nothing that is masked in the whole batch.
 
     Attributes:
-        images: [B, C, 3, 224, 224] fp32 in [-1, 1], of the cameras that are live anywhere in the batch; the rest is on
-            the host.
+        images: Of the cameras that are live anywhere in the batch: [B, C, 224, 224, 3] uint8 if all of them are given
+            as that, else [B, C, 3, 224, 224] fp32 in [-1, 1]. On the host or the device; the rest is on the host.
         image_mask: [B, C] bool.
         tokens: [B, L] int64, cut behind the longest prompt of the batch.
         token_mask: [B, L] bool.
@@ -53,30 +56,49 @@ class Prefix:
 
 
 def preprocess(observation: Observation, device: torch.device | None = None) -> Prefix:
-    """Brings images to 224 x 224 in [-1, 1] and drops what is masked.
+    """Brings images to 224 x 224 and drops what is masked.
 
     Args:
         observation: B observations.
-        device: Where images are prepared; where they are if not given.
+        device: Where the prefix goes, and where images that are not bytes of 224 x 224 are prepared; where they are if
+            not given.
 
     Raises:
         DuQuantError: On a live camera without an image, an image of a wrong shape or dtype, or no live camera at all.
     """
-    tokens, token_mask = observation.tokenized_prompt.cpu(), observation.tokenized_prompt_mask.cpu().bool()
+    tokens, token_mask = observation.tokenized_prompt.cpu().long().numpy(), _mask(observation.tokenized_prompt_mask)
+    known = np.ones(len(tokens), np.bool_)
     given = [observation.image_masks.get(camera) for camera in CAMERAS]
-    known = torch.ones(len(tokens), dtype=torch.bool)
-    masks = torch.stack([known if mask is None else mask.cpu().bool() for mask in given], 1)
-    live = masks.any(0)
-    images = []
-    for camera in itertools.compress(CAMERAS, live.tolist()):
+    masks = np.stack([known if mask is None else _mask(mask) for mask in given], 1)
+    live, used = masks.any(0), token_mask.any(0)
+    cameras = list(itertools.compress(CAMERAS, live))
+    for camera in cameras:
         if camera not in observation.images:
             raise DuQuantError(f"camera {camera} has no image: give one, or set image_masks[{camera!r}] to False")
-        image = observation.images[camera]
-        images.append(prepare_image(camera, image.to(device or image.device, non_blocking=True)))
-    if not images:
+    if not cameras:
         raise DuQuantError(f"every camera is masked: at least one of {', '.join(CAMERAS)} must be live")
-    used = token_mask.any(0)
-    return Prefix(torch.stack(images, 1), masks[:, live], tokens[:, used].long(), token_mask[:, used])
+    images = gather_images({camera: observation.images[camera] for camera in cameras}, device)
+    return Prefix(images, *map(torch.from_numpy, (masks[:, live], tokens[:, used], token_mask[:, used])))
+
+
+def _mask(given: Tensor) -> np.ndarray:
+    return given.cpu().bool().numpy()
+
+
+def gather_images(images: Mapping[str, Tensor], device: torch.device | None = None) -> Tensor:
+    """Images of all those cameras in one tensor, see `Prefix`; those on the host stay there if they are what it takes.
+
+    Raises:
+        DuQuantError: As `prepare_image`.
+    """
+    given = images.values()
+    frames = all(image.dtype == torch.uint8 and image.shape[1:] == FRAME for image in given)
+    if frames and all(image.is_cpu and image.is_contiguous() for image in given):
+        gathered = staging((len(next(iter(given))), len(given), *FRAME), torch.uint8, device)
+        np.stack([image.numpy() for image in given], 1, out=gathered.numpy())
+        return gathered
+    there = {camera: image.to(device or image.device, non_blocking=True) for camera, image in images.items()}
+    return torch.stack([image if frames else prepare_image(camera, image) for camera, image in there.items()], 1)
 
 
 def prepare_image(camera: str, image: Tensor) -> Tensor:
@@ -92,11 +114,16 @@ def prepare_image(camera: str, image: Tensor) -> Tensor:
     if image.ndim != 4 or 3 not in (image.shape[1], image.shape[3]):
         raise DuQuantError(f"camera {camera}: images {tuple(image.shape)} are neither [B, H, W, 3] nor [B, 3, H, W]")
     if image.dtype == torch.uint8:
-        image = image.float().div_(255.0).mul_(2.0).sub_(1.0)
+        image = as_floats(image)
     elif not image.is_floating_point():
         raise DuQuantError(f"camera {camera}: images are {image.dtype}; give uint8, or floating point in [-1, 1]")
     channels_first = image if image.shape[1] == 3 else image.permute(0, 3, 1, 2)
     return resize_with_padding(channels_first.float())
+
+
+def as_floats(image: Tensor) -> Tensor:
+    """Bytes as fp32 in [-1, 1], rounded where openpi rounds."""
+    return image.float().div_(255.0).mul_(2.0).sub_(1.0)
 
 
 def resize_with_padding(image: Tensor, size: int = IMAGE_SIZE) -> Tensor:

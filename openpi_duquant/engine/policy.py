@@ -25,6 +25,7 @@ from openpi_duquant.engine.graphs import Graphs
 from openpi_duquant.engine.graphs import Inputs
 from openpi_duquant.engine.observation import Observation
 from openpi_duquant.engine.observation import Prefix
+from openpi_duquant.engine.observation import as_floats
 from openpi_duquant.engine.observation import preprocess
 from openpi_duquant.engine.placement import HostEmbedding
 from openpi_duquant.engine.placement import HostLinear
@@ -131,11 +132,12 @@ class Policy(nn.Module, abc.ABC):
                 f"and num_steps {num_steps} at least 1"
             )
         state = self.read_state(observation.state, len(noise))
-        prefix = preprocess(observation, self.device)
-        graphs = self.graphs if self.device.type == "cuda" and self.graphs is not None else None
+        device = self.device
+        prefix = preprocess(observation, device)
+        graphs = self.graphs if device.type == "cuda" else None
         inputs = self.inputs(prefix if graphs is None else graphs.padded(prefix), state, noise)
         schedule = self.tabulated(num_steps)
-        actions = self.compute(inputs.to(self.device), schedule) if graphs is None else graphs(inputs, schedule)
+        actions = self.compute(inputs.to(device), schedule) if graphs is None else graphs(inputs, schedule)
         return actions.to(noise.device)
 
     def tabulated(self, num_steps: int) -> Tensor:
@@ -148,7 +150,7 @@ class Policy(nn.Module, abc.ABC):
 
     def inputs(self, prefix: Prefix, state: Tensor | None, noise: Tensor) -> Inputs:
         """What `compute` reads, on whatever devices; embeddings are looked up on the host."""
-        text = self.embedding(prefix.tokens)
+        text = self.embedding(prefix.tokens, self.device)
         return Inputs(prefix.images, prefix.image_mask, text, prefix.token_mask, state, noise.float())
 
     def compute(self, inputs: Inputs, schedule: Tensor) -> Tensor:
@@ -161,7 +163,10 @@ class Policy(nn.Module, abc.ABC):
         """Embeddings [B, P, W] of images and prompt, and which of them are valid, [B, P] bool."""
         width = self.architecture.language.width
         paligemma = self.paligemma_with_expert["paligemma"]["model"]
-        features = paligemma["vision_tower"]["vision_model"](inputs.images.flatten(0, 1), self.dtype)
+        pixels = inputs.images.flatten(0, 1)
+        if pixels.dtype == torch.uint8:
+            pixels = as_floats(pixels).movedim(3, 1)
+        features = paligemma["vision_tower"]["vision_model"](pixels, self.dtype)
         images = paligemma["multi_modal_projector"]["linear"](features).reshape(len(inputs.text), -1, width)
         text = inputs.text * math.sqrt(width)
         image_mask = inputs.image_mask.repeat_interleave(features.shape[1], dim=1)

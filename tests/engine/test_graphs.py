@@ -26,6 +26,7 @@ from openpi_duquant.conversion import make_plan
 from openpi_duquant.engine import graphs
 from openpi_duquant.engine import layers_run
 from openpi_duquant.engine.observation import CAMERAS
+from openpi_duquant.engine.observation import Prefix
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
@@ -112,6 +113,17 @@ def test_layers_that_read_one_input_run_as_one(tiny: Architecture, source: pathl
     assert whole.total() == 4 * (language.depth - 1) + 1 + 4 * expert.depth
 
 
+@pytest.mark.parametrize(("length", "padded"), [(0, 0), (1, 16), (16, 16), (17, 32)])
+def test_prompts_are_padded_to_a_bucket(length: int, padded: int) -> None:
+    tokens = torch.arange(1, 2 * length + 1).reshape(2, length)
+    prefix = Prefix(torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool), tokens, tokens % 3 == 0)
+    actual = graphs.Graphs(lambda *_: torch.empty(0)).padded(prefix)
+    assert actual.tokens.shape == actual.token_mask.shape == (2, padded)
+    assert torch.equal(actual.tokens[:, :length], tokens)
+    assert torch.equal(actual.token_mask[:, :length], prefix.token_mask)
+    assert not actual.token_mask[:, length:].any()
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_graph_gives_the_same_bits_as_its_kernels(folder: pathlib.Path, device: str, dtype: torch.dtype) -> None:
@@ -163,6 +175,17 @@ def test_memory_stays_what_it_is(folder: pathlib.Path, device: str) -> None:
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
     assert policy.embedding.weight.device.type == "cpu"
+
+
+@on_gpu
+def test_calls_that_nobody_waits_for_get_their_own_answers(folder: pathlib.Path, device: str) -> None:
+    policy = load_policy(folder, device=device)
+    expected = answers(policy)
+    given = [call(policy.architecture, seed, *shape) for seed, shape in enumerate(CALLS)] * 4
+    noise = [each.to(device) for _, each in given]
+    got = [policy.sample_actions(seen, start, num_steps=2) for (seen, _), start in zip(given, noise)]
+    for actual, wanted in zip(got, expected * 4, strict=True):
+        assert torch.equal(actual.cpu(), wanted)
 
 
 @on_gpu

@@ -1,5 +1,7 @@
 """Preprocessing of observations."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.observation import CAMERAS
 from openpi_duquant.engine.observation import Observation
+from openpi_duquant.engine.observation import gather_images
 from openpi_duquant.engine.observation import prepare_image
 from openpi_duquant.engine.observation import preprocess
 from openpi_duquant.engine.observation import resize_with_padding
@@ -75,22 +78,37 @@ def test_other_dtypes_are_refused() -> None:
 
 def test_what_is_masked_in_the_whole_batch_is_dropped() -> None:
     prefix = preprocess(observation(masks={LEFT: [False, False], RIGHT: [True, False]}))
-    assert prefix.images.shape == (2, 2, 3, 224, 224)
-    torch.testing.assert_close(prefix.images[:, 1], torch.full((2, 3, 224, 224), 2 / 255 * 2 - 1))  # the right camera
+    assert prefix.images.shape == (2, 2, 224, 224, 3)
+    assert prefix.images.dtype == torch.uint8
+    assert (prefix.images[:, 1] == 2).all()  # the right camera
     assert prefix.image_mask.tolist() == [[True, True], [True, False]]
     assert prefix.tokens.tolist() == [[0, 1, 2, 3, 4], [8, 9, 10, 11, 12]]
     assert prefix.token_mask.sum(1).tolist() == [3, 5]
 
 
-def test_images_are_prepared_where_they_are_wanted_and_masks_on_the_host() -> None:
+@pytest.mark.parametrize("size", [224, 100])
+def test_images_are_prepared_where_they_are_wanted_and_masks_on_the_host(size: int) -> None:
     given = observation(masks={RIGHT: [False, False]})
-    images = {name: image.to("meta") for name, image in given.images.items() if name != RIGHT}
-    there = preprocess(Observation(images, given.image_masks, given.tokenized_prompt, given.tokenized_prompt_mask))
-    for prefix in (there, preprocess(given, torch.device("meta"))):
-        assert prefix.images.is_meta
-        assert prefix.images.shape == (2, 2, 3, 224, 224)
+    images = {name: image[:, :size].to("meta") for name, image in given.images.items() if name != RIGHT}
+    here = {name: image[:, :size] for name, image in given.images.items()}
+    there = preprocess(dataclasses.replace(given, images=images))
+    assert there.images.is_meta
+    for prefix in (there, preprocess(dataclasses.replace(given, images=here), torch.device("meta"))):
+        assert prefix.images.device.type == ("cpu" if size == 224 and prefix is not there else "meta")
+        assert prefix.images.shape == ((2, 2, 224, 224, 3) if size == 224 else (2, 2, 3, 224, 224))
         assert prefix.image_mask.tolist() == [[True, True]] * 2
         assert prefix.tokens.tolist() == [[0, 1, 2, 3, 4], [8, 9, 10, 11, 12]]
+
+
+def test_bytes_are_gathered_as_they_are_unless_a_camera_gives_something_else() -> None:
+    base, left = torch.randint(256, (2, 2, 224, 224, 3), dtype=torch.uint8)
+    strided = left.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert not strided.is_contiguous()
+    for other in (left, strided):
+        assert torch.equal(gather_images({BASE: base, LEFT: other}), torch.stack((base, left), 1))
+    for other in (left.permute(0, 3, 1, 2), left[:, :100], prepare_image(LEFT, left)):
+        expected = torch.stack((prepare_image(BASE, base), prepare_image(LEFT, other)), 1)
+        assert torch.equal(gather_images({BASE: base, LEFT: other}), expected)
 
 
 def test_a_masked_camera_needs_no_image() -> None:

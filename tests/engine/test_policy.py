@@ -1,5 +1,6 @@
 """The policies: what moves their actions and what cannot. Equality with openpi's is tested in tests/with_openpi."""
 
+from collections.abc import Callable
 import copy
 import dataclasses
 
@@ -10,6 +11,7 @@ from tiny import random_state
 import torch
 from torch import Tensor
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openpi_duquant import synthetic
 from openpi_duquant.accuracy import relative_error
@@ -24,6 +26,9 @@ from openpi_duquant.engine import Observation
 from openpi_duquant.engine import Policy
 from openpi_duquant.engine import assemble
 from openpi_duquant.engine import build_policy
+from openpi_duquant.engine import preprocess
+from openpi_duquant.engine.graphs import Graphs
+from openpi_duquant.engine.observation import prepare_image
 from openpi_duquant.kernels import denoising
 from openpi_duquant.kernels.reference import Prologue
 
@@ -65,6 +70,36 @@ def test_masked_pixels_and_prompt_padding_do_not_matter(policy: Policy) -> None:
     tokens = torch.where(observation.tokenized_prompt_mask, observation.tokenized_prompt, 5)
     changed = dataclasses.replace(observation, images=images, tokenized_prompt=tokens)
     assert torch.equal(policy.sample_actions(changed, noise), policy.sample_actions(observation, noise))
+
+
+def test_bytes_are_seen_as_the_floats_they_stand_for(policy: Policy) -> None:
+    observation, noise = observe()
+    floats = {name: prepare_image(name, image) for name, image in observation.images.items()}
+    prepared = dataclasses.replace(observation, images=floats)
+    assert torch.equal(policy.sample_actions(observation, noise), policy.sample_actions(prepared, noise))
+
+
+class Operators(TorchDispatchMode):
+    """Names of torch's operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        """Notes it and runs it."""
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_wakes_no_threads(policy: Policy) -> None:
+    """For a call as robots make it, before it is computed: torch's operators would share their work out."""
+    observation, noise = observe()
+    images = {name: image.contiguous() for name, image in observation.images.items()}
+    observation = dataclasses.replace(observation, images=images)
+    with Operators() as operators:
+        policy.inputs(Graphs(policy.compute).padded(preprocess(observation, policy.device)), None, noise)
+    assert operators.names <= {"empty", "view", "detach", "lift_fresh"}
 
 
 @pytest.mark.parametrize("what", ["image", "prompt", "noise", "state"])
