@@ -184,7 +184,7 @@ def libero_like_observation(
     tokens = torch.zeros(1, 200, dtype=torch.int64)
     tokens[:, :prompt_tokens] = torch.randint(architecture.vocab_size, (1, prompt_tokens), generator=generator)
     observation = Observation(
-        images={camera: image[None].permute(0, 2, 3, 1).byte() for camera, image in zip(CAMERAS, images)},
+        images={camera: image[None].permute(0, 2, 3, 1).contiguous().byte() for camera, image in zip(CAMERAS, images)},
         image_masks={camera: torch.tensor([index < 2]) for index, camera in enumerate(CAMERAS)},
         tokenized_prompt=tokens,
         tokenized_prompt_mask=torch.arange(200)[None] < prompt_tokens,

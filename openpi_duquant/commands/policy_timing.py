@@ -47,9 +47,12 @@ def measure(calls: Calls, device: torch.device, count: int, seconds: float) -> d
         torch.cuda.reset_peak_memory_stats(device)
     actions, first = _timed(calls.whole, device)
     row = {"first_call_s": first, "actions": encode(actions)}
+    slow = False
     for name, call in (("wall", calls.whole), ("model", calls.model)):
-        _repeat(call, device, WARM_CALLS, WARM_SECONDS, least=1)
-        row[name] = call_times(_repeat(call, device, count, seconds, least=LEAST_CALLS))
+        if not slow:
+            _repeat(call, device, WARM_CALLS, WARM_SECONDS, least=1)
+        times = _repeat(call, device, count, seconds, least=LEAST_CALLS)
+        row[name], slow = call_times(times), min(times) > WARM_SECONDS
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         memory |= {"peak_bytes": torch.cuda.max_memory_allocated(device), "device_bytes": total - free}
