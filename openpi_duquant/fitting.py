@@ -46,7 +46,8 @@ def fit_rotation(samples: Tensor, rotation: str, block: int) -> Rotation:
         return None
     if rotation == "hadamard":
         return block
-    return (singular_rotation if rotation == "svd" else greedy_rotation)(samples, block).bfloat16()
+    rotations = (singular_rotation if rotation == "svd" else greedy_rotation)(samples, block)
+    return rotations.bfloat16().contiguous()
 
 
 def channel_energy(weight: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -37,6 +37,8 @@ def launch(
     `triton_matmul.matmul`, contiguous, the rotation as matrices or by its size."""
     (m, k), n = a.shape, len(weight)
     block = hadamard if matrices is None else matrices.shape[-1]
+    if matrices is not None:
+        matrices = matrices.contiguous()
     if block:  # the rotation of a tile's columns takes shared memory too
         tile = tile._replace(rows=min(tile.rows, 64), columns=64)
     head = n if geglu else 0  # gate | up are the halves of one

@@ -36,7 +36,7 @@ def launch(
     common |= prologue
     if matrices is not None:
         _by_block[(triton.cdiv(m, _ROWS),)](
-            x, scale, shift, permutation, matrices, codes, act_scale, row_sum, m, x.stride(0),
+            x, scale, shift, permutation, matrices.contiguous(), codes, act_scale, row_sum, m, x.stride(0),
             ROWS=_ROWS, B=matrices.shape[-1], **common, num_warps=4,
         )  # fmt: skip
         return

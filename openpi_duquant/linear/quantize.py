@@ -186,7 +186,7 @@ def _rotate_outputs(weight: Tensor, spec: LayerSpec, config: DuQuantConfig) -> t
     restore = transforms.inverse(fitting.fit_rotation(weight.T, config.rotation, spec.output_rotation_block))
     tensors = {}
     if isinstance(restore, Tensor):
-        restore = tensors["output_rotation"] = restore.bfloat16()
+        restore = tensors["output_rotation"] = restore.bfloat16().contiguous()
     return transforms.rotate_rows(weight, transforms.inverse(restore)), tensors
 
 

@@ -164,6 +164,16 @@ def test_rows_may_lie_apart(kind: str) -> None:
 
 
 @pytest.mark.triton
+def test_matrices_may_lie_in_another_order() -> None:
+    torch.manual_seed(2)
+    x, matrices = torch.randn(5, 128, device=DEVICE), orthogonal(128, 32).to(DEVICE)
+    given = Transform(None, None, matrices.mT.contiguous().mT)
+    codes, _, _ = run_kernel(x, 128, given, Prologue())
+    expected = reference.fused_transform(x, Transform(None, None, matrices))[0]
+    assert (codes.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.triton
 def test_many_rows_take_two_at_a_time() -> None:
     torch.manual_seed(3)
     x = torch.randn(265, 64, device=DEVICE)

@@ -76,7 +76,9 @@ def test_sums_are_exact(m: int, k: int, n: int, bits: int) -> None:
 
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("extra", ["none", "bias", "hadamard", "matrices", "residual", "gated"])
+@pytest.mark.parametrize(
+    "extra", ["none", "bias", "hadamard", "matrices", "matrices in another order", "residual", "gated"]
+)
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 32), (17, 200, 64)])
 def test_the_epilogue_is_the_formula(m: int, k: int, n: int, extra: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
@@ -93,8 +95,8 @@ def test_the_epilogue_is_the_formula(m: int, k: int, n: int, extra: str, dtype: 
         signs = [[(-1) ** (i & j).bit_count() for j in range(32)] for i in range(32)]
         block = torch.tensor(signs, dtype=torch.float64, device=DEVICE) / 32**0.5
         given, y = {"hadamard": 32}, torch.cat([part @ block for part in y.split(32, 1)], 1)
-    if extra == "matrices":
-        given = {"matrices": matrices}
+    if extra.startswith("matrices"):
+        given = {"matrices": matrices if extra == "matrices" else matrices.mT.contiguous().mT}
         y = torch.cat([part @ matrix.double() for part, matrix in zip(y.split(16, 1), matrices, strict=True)], 1)
     if extra == "residual":
         given, y = {"residual": residual}, y + residual

@@ -47,6 +47,13 @@ def test_siblings_share_their_transforms_and_others_do_not(config: DuQuantConfig
     assert groups == [f"1.{name}_proj" for name in ("q", "q", "q", "o", "gate", "gate", "down")]
 
 
+@pytest.mark.parametrize("config", [config_of(), SVD, DUQUANT], ids=["hadamard", "svd", "duquant"])
+def test_tensors_lie_as_files_and_kernels_have_them(config: DuQuantConfig) -> None:
+    model = block()
+    quantize_(model, config)
+    assert not [name for name, tensor in model.named_buffers() if not tensor.is_contiguous()]
+
+
 def test_selected_siblings_share_without_the_others() -> None:
     model = block()
     energy = torch.cat([model["k_proj"].weight, model["v_proj"].weight]).square().sum(0)
