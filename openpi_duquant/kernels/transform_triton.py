@@ -7,7 +7,9 @@ import triton.language as tl
 from openpi_duquant.kernels.blocks_triton import signs
 from openpi_duquant.kernels.reference import NORM_EPS
 
-_ROWS = 16  # of a program that multiplies by matrices: the fewest that tl.dot takes
+_ROWS = 16  # of a program that multiplies by matrices on the tensor cores: the fewest that tl.dot takes
+_FEW_ROWS = 64  # up to which a program has one row, and many blocks of it at a time
+_ENTRIES = 2**14  # of matrices that it multiplies by at a time
 _MANY_ROWS = 264  # two for every SM of a large GPU: from here on throughput counts, below it latency
 _FLAT = 64  # channels that a row without a rotation is cut into
 
@@ -35,9 +37,11 @@ def launch(
     common = {"PERMUTE": permutation is not None, "FLOAT32": float32, "EPS": NORM_EPS, "K": k}
     common |= prologue
     if matrices is not None:
-        _by_block[(triton.cdiv(m, _ROWS),)](
+        block = matrices.shape[-1]
+        rows, blocks, warps = (1, _ENTRIES // block**2, 8) if m <= _FEW_ROWS else (_ROWS, 1, 4)
+        _by_block[(triton.cdiv(m, rows),)](
             x, scale, shift, permutation, matrices.contiguous(), codes, act_scale, row_sum, m, x.stride(0),
-            ROWS=_ROWS, B=matrices.shape[-1], **common, num_warps=4,
+            ROWS=rows, BLOCKS=min(blocks, triton.next_power_of_2(k // block)), B=block, **common, num_warps=warps,
         )  # fmt: skip
         return
     many = m >= _MANY_ROWS
@@ -188,44 +192,62 @@ def transform_rows(
 
 
 @triton.jit
+def _rotate_row(x, rotation_ptr, block, N, BLOCKS: tl.constexpr, B: tl.constexpr):
+    """A row x [1, BLOCKS * B] times the matrices of its blocks, the first of them `block` of N; without tensor cores,
+    in fp32."""
+    block, i, j = block + tl.arange(0, BLOCKS), tl.arange(0, B), tl.arange(0, B)
+    at = block[:, None, None] * (B * B) + i[None, :, None] * B + j[None, None, :]
+    matrices = tl.load(rotation_ptr + at, mask=(block < N)[:, None, None], other=0.0).to(tl.float32)
+    x = tl.reshape(x.to(tl.float32), (BLOCKS, B))
+    return tl.reshape(tl.sum(x[:, :, None] * matrices, 1), (1, BLOCKS * B))
+
+
+@triton.jit
 def _by_block(
     x_ptr, scale_ptr, shift_ptr, permutation_ptr, rotation_ptr, codes_ptr, act_scale_ptr, row_sum_ptr, M, x_stride,
-    ROWS: tl.constexpr, B: tl.constexpr, GEGLU: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr,
-    SHIFT: tl.constexpr, PERMUTE: tl.constexpr, FLOAT32: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr,
-
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, GEGLU: tl.constexpr, NORM: tl.constexpr,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, PERMUTE: tl.constexpr, FLOAT32: tl.constexpr, EPS: tl.constexpr,
+    K: tl.constexpr,
 ):  # fmt: skip
-    """A matrix for every block. A program has some rows and goes through the blocks: once to find each row's largest
-    value, once to round; with a norm, once before to find its mean square."""
+    """A matrix for every block. A program has a row, or some of them, and goes through the blocks, some at a time, or
+    one: once to find each row's largest value, once to round; with a norm, once before to find its mean square."""
+    WIDTH: tl.constexpr = BLOCKS * B
+    PADDED: tl.constexpr = (K + WIDTH - 1) // WIDTH * WIDTH
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     known = (row < M)[:, None]
-    lane = tl.arange(0, B)
+    lane = tl.arange(0, WIDTH)
     x_row = x_ptr + row[:, None] * x_stride
-    entry = lane[:, None] * B + lane[None, :]
+    entry = tl.arange(0, B)[:, None] * B + tl.arange(0, B)[None, :]
     inverse_rms = tl.full((ROWS, 1), 1.0, tl.float32)
     if NORM:
         square = tl.zeros((ROWS,), tl.float32)
-        for start in range(0, K, B):
-            x = gated(x_row, (start + lane)[None, :], known, K, GEGLU).to(tl.float32)
+        for start in range(0, K, WIDTH):
+            k = (start + lane)[None, :]
+            x = gated(x_row, k, known & (k < K), K, GEGLU).to(tl.float32)
             square += tl.sum(x * x, 1)
         inverse_rms = tl.rsqrt(square / K + EPS)[:, None]
     largest = tl.zeros((ROWS,), tl.int32)
     act_scale = tl.full((ROWS,), 1.0, tl.float32)
     row_sum = tl.zeros((ROWS,), tl.int32)
-    for step in range(0, 2 * K, B):
-        start = step % K
+    for step in range(0, 2 * PADDED, WIDTH):
+        start = step % PADDED
         k = (start + lane)[None, :]
-        channel = tl.load(permutation_ptr + k) if PERMUTE else k
-        scale, shift = read_modulation(scale_ptr, shift_ptr, channel, channel >= 0, SCALE, SHIFT)
-        x = gated(x_row, channel, known, K, GEGLU)
+        inside = known & (k < K)
+        channel = tl.load(permutation_ptr + k, mask=k < K, other=0) if PERMUTE else k
+        scale, shift = read_modulation(scale_ptr, shift_ptr, channel, k < K, SCALE, SHIFT)
+        x = gated(x_row, channel, inside, K, GEGLU)
         if NORM:
             x = modulate(x, inverse_rms, scale, shift)
-        y = _rotate(x, tl.load(rotation_ptr + start * B + entry), FLOAT32)
-        if step < K:
+        if ROWS == 1:
+            y = _rotate_row(x, rotation_ptr, start // B, K // B, BLOCKS, B)
+        else:
+            y = _rotate(x, tl.load(rotation_ptr + start * B + entry), FLOAT32)
+        if step < PADDED:
             largest = tl.maximum(largest, _largest(y))
             act_scale = _scale_of(largest, 1.0)
         else:
             codes = _round(y, (1.0 / act_scale)[:, None])
-            tl.store(codes_ptr + row[:, None] * K + (start + lane)[None, :], codes, mask=known)
+            tl.store(codes_ptr + row[:, None] * K + k, codes, mask=inside)
             row_sum += tl.sum(codes.to(tl.int32), 1)
     tl.store(act_scale_ptr + row, act_scale, mask=row < M)
     tl.store(row_sum_ptr + row, row_sum, mask=row < M)
