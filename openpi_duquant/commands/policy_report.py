@@ -7,6 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator
+from matplotlib.ticker import NullLocator
 
 from openpi_duquant.accuracy import relative_error
 from openpi_duquant.commands.policy_rows import COMPILE_MODE
@@ -20,6 +22,9 @@ EPISODE_CALLS = 18
 
 _COLORS = {"simulated W4A8": "C3", "real W4A8": "C0", "bf16": "0.55"}
 _REAL = ("w4a8-triton", "w4a8-bitblas")
+
+SUMMARY_ROWS = ("naive", "openpi-eager", "openpi-compiled", "bf16-compiled", "w4a8-triton")
+SUMMARY_COLUMNS = ("what runs", "p50 ms", "p99 ms", "calls/s", "x naive", "x openpi-compiled", "weights GB", "peak GB")
 
 ANALYSIS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("current: full DuQuant", "13,086 (observed)", "1x", ("naive",)),
@@ -104,6 +109,14 @@ def table(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return header, lines
 
 
+def summary(results: Results) -> str:
+    """The rows that a newcomer asks for, in the columns that matter most; README.md has it."""
+    header, lines = table(results)
+    columns = [header.index(name) for name in SUMMARY_COLUMNS]
+    by_name = {line[0]: [line[column] for column in columns] for line in lines}
+    return markdown_table(SUMMARY_COLUMNS, [by_name[name] for name in SUMMARY_ROWS if name in by_name])
+
+
 def _number(value: float) -> str:
     """Three significant digits; whole numbers from 100 on."""
     return f"{value:.0f}" if value >= 100 else f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
@@ -184,9 +197,10 @@ def chart(results: Results, path: pathlib.Path) -> None:
             f"{_number(wall['p50_ms'])} ms", (wall["p99_ms"], place), (5, 0), textcoords="offset points", va="center"
         )
     axes.set(xscale="log", xlabel="ms a call: p50, whisker to p99; logarithmic", title="A policy call")
-    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        formatter(lambda ms, _: f"{ms:g}")
-    axes.grid(axis="x", which="both", color="0.9")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda ms, _: f"{ms:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="x", color="0.9")
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.margins(x=0.12)

@@ -432,3 +432,13 @@ def test_a_row_that_takes_too_long_is_given_up(tmp_path: pathlib.Path, setting: 
 def test_a_row_that_dies_is_recorded(tmp_path: pathlib.Path, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert run_naive(tmp_path, setting, timeout=60)["failed"] == "exit status 1"
+
+
+def test_the_first_screen_of_the_readme_comes_from_results() -> None:
+    root = pathlib.Path(__file__).parents[2]
+    results = json.loads((root / "docs" / "results" / "policy.json").read_text())
+    text = policy_report.summary(results)
+    assert text in (root / "README.md").read_text()
+    assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == [
+        ROWS[name].what for name in policy_report.SUMMARY_ROWS
+    ]
