@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton.language as tl
 
+from openpi_duquant.kernels import around_triton
 from openpi_duquant.kernels import attention_triton
 from openpi_duquant.kernels import denoising_triton
 from openpi_duquant.kernels import epilogue_triton
@@ -55,6 +56,11 @@ KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
     "matmul, many": (matmul_triton._matmul, _MATMUL | {"BM": 128}),
     "matmul, rotary": (matmul_triton._matmul, _MATMUL | _ROTARY | {"BM": 16}),
     "matmul, GeGLU": (matmul_triton._matmul, _MATMUL | _GEGLU | {"BM": 16}),
+    "prologue": (
+        around_triton._prologue,
+        {"GEGLU": True, "NORM": True, "SCALE": True, "SHIFT": True, "EPS": 1e-6, "K": 1000, "PADDED": 1024},
+    ),
+    "residual": (around_triton._add_gated, {"GATE": True, "N": 1000, "PADDED": 1024}),
     "rotary": (rotary_triton._rotary, {"HEADS": 9, "PADDED": 16, "HALF": 128}),
     "layer norm": (layer_norm_triton._add_layer_norm, {"EPS": 1e-6, "WIDTH": 1152, "PADDED": 2048}),
     "embed actions": (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from openpi_duquant import kernels
 from openpi_duquant import transforms
+from openpi_duquant.kernels import around
 from openpi_duquant.kernels import attention
 from openpi_duquant.kernels import persistent
 from openpi_duquant.kernels import rotary
@@ -107,13 +108,30 @@ def fused_transform(x: Tensor, given: Transform, prologue: Prologue = NO_PROLOGU
     return torch.ops.openpi_duquant.fused_transform(x, *tensors, prologue.geglu, prologue.norm)
 
 
+def _prologue(x: Tensor, *operands: object) -> Tensor:
+    from openpi_duquant.kernels import around_triton  # noqa: PLC0415
+
+    scale, shift, geglu, norm = operands
+    out = around._prologue_fake(x, *operands)
+    around_triton.launch_prologue(out, x, scale, shift, geglu=geglu, norm=norm)
+    return out
+
+
+def _add_gated(y: Tensor, residual: Tensor, gate: Tensor | None) -> Tensor:
+    from openpi_duquant.kernels import around_triton  # noqa: PLC0415
+
+    out = y.new_empty(y.shape)
+    around_triton.launch_add(out, y, residual, gate)
+    return out
+
+
 @contextlib.contextmanager
 def operators() -> Iterator[None]:
     """Gives the operators their CPU versions."""
     with torch.library._scoped_library("openpi_duquant", "FRAGMENT") as library:
         for run in (
             _fused_transform, _triton_matmul, _epilogue, _rotary, _add_layer_norm, _embed_actions, _euler_step,
-            _attend, _attend_quantized,
+            _attend, _attend_quantized, _prologue, _add_gated,
         ):  # fmt: skip
             library.impl(run.__name__.removeprefix("_"), run, "CPU")
         yield
@@ -127,6 +145,7 @@ def triton_backend() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, operators():
         patch.setitem(kernels.BACKENDS, "triton", anywhere)
         patch.setattr(module, "fused_transform", fused_transform)
+        patch.setattr(around, "_on_gpu", lambda _: True)
         for part in (attention, rotary, persistent):
             patch.setattr(part, "on_gpu", lambda _, head_dim: rotary.is_power(head_dim))
         yield

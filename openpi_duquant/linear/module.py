@@ -13,6 +13,8 @@ from openpi_duquant import packing
 from openpi_duquant import quant
 from openpi_duquant import transforms
 from openpi_duquant.kernels import reference
+from openpi_duquant.kernels.around import apply_epilogue
+from openpi_duquant.kernels.around import apply_prologue
 from openpi_duquant.kernels.backend import USUAL_TOKENS
 from openpi_duquant.kernels.backend import Workload
 from openpi_duquant.kernels.reference import NO_EPILOGUE
@@ -249,7 +251,7 @@ def apply_linear(
     """
     if isinstance(layer, QuantLinear):
         return layer.matmul(layer.quantize_input(x, prologue), x, epilogue)
-    return epilogue.apply(layer(prologue.apply(x)))
+    return apply_epilogue(layer(apply_prologue(x, prologue)), epilogue)
 
 
 def shared_forward(layers: Sequence[nn.Module], x: Tensor, prologue: Prologue = NO_PROLOGUE) -> list[Tensor]:
@@ -268,7 +270,7 @@ def shared_forward(layers: Sequence[nn.Module], x: Tensor, prologue: Prologue = 
     outputs = []
     for layer in layers:
         if not isinstance(layer, QuantLinear):
-            floating = prologue.apply(x) if floating is None else floating
+            floating = apply_prologue(x, prologue) if floating is None else floating
             outputs.append(layer(floating))
             continue
         if layer.spec.group not in quantized:

@@ -100,3 +100,11 @@ def test_attention() -> None:
     for rest in ((None, None, None, False), (visible, None, None, False), (visible, *own, True)):
         torch.library.opcheck(OPERATORS.attend.default, (q, k, v, *rest))
         torch.library.opcheck(OPERATORS.attend_quantized.default, (q, k, v, *rest))
+
+
+def test_what_stands_around_a_matmul() -> None:
+    x = random(2, 3, 96)
+    for operands in ((x, None, None, True, False), (x, random(96), None, False, True), (x, *random(2, 48), True, True)):
+        torch.library.opcheck(OPERATORS.prologue.default, operands)
+    for gate in (None, random(96, dtype=torch.float32)):
+        torch.library.opcheck(OPERATORS.add_gated.default, (x, random(2, 3, 96), gate))
