@@ -50,14 +50,20 @@ KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
         transform_triton._by_row,
         _TRANSFORM | {"ROWS": 1, "BLOCKS": 16, "B": 64, "HADAMARD": True, "BUTTERFLY": True},
     ),
-    "block": (transform_triton._by_block, _TRANSFORM | {"ROWS": 16, "BLOCKS": 1, "B": 16}),
-    "block, few": (transform_triton._by_block, _TRANSFORM | {"ROWS": 1, "BLOCKS": 64, "B": 16}),
+    "block": (
+        transform_triton._by_block,
+        {name: value for name, value in _TRANSFORM.items() if name != "FLOAT32"} | {"BLOCKS": 64, "B": 16},
+    ),
+    "blocks": (
+        transform_triton._rotate_blocks,
+        {"ROWS": 64, "B": 16, "PERMUTE": True, "FLOAT32": False, "K": 1024, "out_ptr": "*fp32"},
+    ),
     "matmul, few": (matmul_triton._matmul, _MATMUL | {"BM": 16}),
     "matmul, many": (matmul_triton._matmul, _MATMUL | {"BM": 128}),
     "matmul, rotary": (matmul_triton._matmul, _MATMUL | _ROTARY | {"BM": 16}),
     "matmul, GeGLU": (matmul_triton._matmul, _MATMUL | _GEGLU | {"BM": 16}),
     "prologue": (
-        around_triton._prologue,
+        transform_triton._prologue,
         {"GEGLU": True, "NORM": True, "SCALE": True, "SHIFT": True, "EPS": 1e-6, "K": 1000, "PADDED": 1024},
     ),
     "residual": (around_triton._add_gated, {"GATE": True, "N": 1000, "PADDED": 1024}),

@@ -109,11 +109,11 @@ def fused_transform(x: Tensor, given: Transform, prologue: Prologue = NO_PROLOGU
 
 
 def _prologue(x: Tensor, *operands: object) -> Tensor:
-    from openpi_duquant.kernels import around_triton  # noqa: PLC0415
+    from openpi_duquant.kernels import transform_triton  # noqa: PLC0415
 
     scale, shift, geglu, norm = operands
     out = around._prologue_fake(x, *operands)
-    around_triton.launch_prologue(out, x, scale, shift, geglu=geglu, norm=norm)
+    transform_triton.launch_prologue(out, x, scale, shift, geglu=geglu, norm=norm)
     return out
 
 

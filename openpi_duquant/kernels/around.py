@@ -49,11 +49,11 @@ def _add_fake(y: Tensor, *operands: object) -> Tensor:
 
 @torch.library.impl("openpi_duquant::prologue", "CUDA")
 def _prologue_on_gpu(x: Tensor, scale: Tensor | None, shift: Tensor | None, geglu: bool, norm: bool) -> Tensor:  # noqa: FBT001
-    from openpi_duquant.kernels import around_triton  # noqa: PLC0415  triton is there where CUDA is
+    from openpi_duquant.kernels import transform_triton  # noqa: PLC0415  triton is there where CUDA is
 
     out = _prologue_fake(x, geglu, norm)
     with torch.cuda.device_of(x):
-        around_triton.launch_prologue(out, x.contiguous(), scale, shift, geglu=geglu, norm=norm)
+        transform_triton.launch_prologue(out, x.contiguous(), scale, shift, geglu=geglu, norm=norm)
     return out
 
 

@@ -1,49 +1,17 @@
-"""The kernels of `around`: a row a program, in registers."""
+"""The kernel of `around.apply_epilogue`; that of a prologue is in `transform_triton`."""
 
 from torch import Tensor
 import triton
 import triton.language as tl
 
-from openpi_duquant.kernels.reference import NORM_EPS
-from openpi_duquant.kernels.transform_triton import gated
-from openpi_duquant.kernels.transform_triton import modulate
-from openpi_duquant.kernels.transform_triton import read_modulation
-
-
-def launch_prologue(
-    out: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, *, geglu: bool, norm: bool
-) -> None:
-    """Fills out [..., K] from x [..., K], or [..., 2 K] for GeGLU; scale and shift [K]; all contiguous."""
-    k = out.shape[-1]
-    _prologue[(out.numel() // k,)](
-        out, x, scale, shift, GEGLU=geglu, NORM=norm, SCALE=scale is not None, SHIFT=shift is not None, EPS=NORM_EPS,
-        K=k, **_sizes(k),
-    )  # fmt: skip
-
 
 def launch_add(out: Tensor, y: Tensor, residual: Tensor, gate: Tensor | None) -> None:
     """Fills out [..., N] from y and residual [..., N] and gate [N], all contiguous."""
     n = out.shape[-1]
-    _add_gated[(out.numel() // n,)](out, y, residual, gate, GATE=gate is not None, N=n, **_sizes(n))
-
-
-def _sizes(width: int) -> dict[str, int]:
-    padded = triton.next_power_of_2(width)
-    return {"PADDED": padded, "num_warps": min(max(padded // 512, 1), 16)}
-
-
-@triton.jit
-def _prologue(
-    out_ptr, x_ptr, scale_ptr, shift_ptr, GEGLU: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr,
-    SHIFT: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    row, k = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED)
-    scale, shift = read_modulation(scale_ptr, shift_ptr, k, k < K, SCALE, SHIFT)
-    x = gated(x_ptr + row * (2 * K if GEGLU else K), k, k < K, K, GEGLU)
-    if NORM:
-        y = x.to(tl.float32)
-        x = modulate(x, tl.rsqrt(tl.sum(y * y) / K + EPS), scale, shift)
-    tl.store(out_ptr + row * K + k, x, mask=k < K)
+    padded = triton.next_power_of_2(n)
+    _add_gated[(out.numel() // n,)](
+        out, y, residual, gate, GATE=gate is not None, N=n, PADDED=padded, num_warps=min(max(padded // 512, 1), 16),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -132,7 +132,7 @@ def _matmul(
             w = tl.load(w_tile)
         else:
             w = tl.load(w_tile, mask=(start + k < K)[None, :], other=0)
-        inside_a = known_m[None, :] & (start + k < K)[:, None]
+        inside_a = known_m[None, :] & (start + k < K)[:, None]  # rows that are not would be one line, for all programs
         a = tl.load(a_tile, mask=inside_a, other=0)
         if INT4:
             sums = tl.dot(_signed(w, HIGH=False, INTERPRETED=INTERPRETED), a, sums, out_dtype=tl.int32)
