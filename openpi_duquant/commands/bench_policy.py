@@ -77,7 +77,7 @@ def bench_policy(
     if results["rows"].keys() == ROWS.keys():
         shutil.rmtree(scratch, ignore_errors=True)
     elif scratch.exists():
-        console.print(f"{scratch} keeps converted weights for rows that are not measured yet")
+        console.print(f"{scratch} keeps converted weights for other rows; delete it when you measure none of them")
     (output / "policy.md").write_text(markdown(results))
     chart(results, output / "policy.png")
     console.print(markdown(results))

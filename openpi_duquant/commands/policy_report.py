@@ -24,7 +24,17 @@ _COLORS = {"simulated W4A8": "C3", "real W4A8": "C0", "bf16": "0.55"}
 _REAL = ("w4a8-triton", "w4a8-bitblas")
 
 SUMMARY_ROWS = ("naive", "openpi-eager", "openpi-compiled", "bf16-compiled", "w4a8-triton")
-SUMMARY_COLUMNS = ("what runs", "p50 ms", "p99 ms", "calls/s", "x naive", "x openpi-compiled", "weights GB", "peak GB")
+SUMMARY_COLUMNS = (
+    "what runs",
+    "calls",
+    "p50 ms",
+    "p99 ms",
+    "calls/s",
+    "x naive",
+    "x openpi-compiled",
+    "weights GB",
+    "peak GB",
+)
 
 ANALYSIS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("current: full DuQuant", "13,086 (observed)", "1x", ("naive",)),
