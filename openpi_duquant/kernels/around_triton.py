@@ -16,12 +16,11 @@ def launch_add(out: Tensor, y: Tensor, residual: Tensor, gate: Tensor | None) ->
 
 @triton.jit
 def _add_gated(out_ptr, y_ptr, residual_ptr, gate_ptr, GATE: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr):
-    """residual + gate * y, the gate and the product rounded to the type of y."""
+    """residual + gate * y, rounded once."""
     n = tl.arange(0, PADDED)
     at = tl.program_id(0).to(tl.int64) * N + n
-    y = tl.load(y_ptr + at, mask=n < N, other=0.0)
+    y = tl.load(y_ptr + at, mask=n < N, other=0.0).to(tl.float32)
     if GATE:
-        gate = tl.load(gate_ptr + n, mask=n < N, other=0.0).to(y.dtype)
-        y = (y.to(tl.float32) * gate.to(tl.float32)).to(y.dtype)
-    residual = tl.load(residual_ptr + at, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (residual + y.to(tl.float32)).to(y.dtype), mask=n < N)
+        y *= tl.load(gate_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    y += tl.load(residual_ptr + at, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=n < N)

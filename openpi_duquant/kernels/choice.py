@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from openpi_duquant.environment import cache_folder
+from openpi_duquant.kernels import driver
 from openpi_duquant.kernels import self_test
 from openpi_duquant.kernels.backend import Backend
 from openpi_duquant.kernels.backend import Problem
-from openpi_duquant.kernels.bitblas import driver
 from openpi_duquant.kernels.files import write_whole
 from openpi_duquant.kernels.timing import L2_BYTES
 from openpi_duquant.kernels.timing import microseconds

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from openpi_duquant.kernels import persistent_cuda
 from openpi_duquant.kernels.rotary import on_gpu
 
 MOST_TOKENS = 64
@@ -81,9 +82,8 @@ def run_layers(
     """
     from openpi_duquant.kernels import persistent_triton  # noqa: PLC0415  triton is there where CUDA is
 
-    y = x.clone(memory_format=torch.contiguous_format)
     visible = None if visible is None else visible.contiguous()
-    norms, keys, values, cos, sin = (part.contiguous() for part in (norms, *cached, *rotation))
-    with torch.cuda.device_of(y):
-        persistent_triton.launch(y, stack, norms, keys, values, visible, cos, sin, state_first=state_first)
-    return y
+    x, norms, keys, values, cos, sin = (part.contiguous() for part in (x, norms, *cached, *rotation))
+    launch = persistent_cuda.launch if persistent_cuda.takes(x, stack, keys) else persistent_triton.launch
+    with torch.cuda.device_of(x):
+        return launch(x, stack, norms, keys, values, visible, cos, sin, state_first=state_first)

@@ -46,7 +46,7 @@ _FEWEST_CHANNELS = 32  # bytes of weights that the tensor cores take at once
 
 
 def launch(
-    y: Tensor,
+    x: Tensor,
     stack: "Stack",
     norms: Tensor,
     keys: Tensor,
@@ -57,8 +57,9 @@ def launch(
     *,
     state_first: bool,
     interpreted: bool = False,
-) -> None:
-    """Runs y [B, S, W] through all layers, in its place; arguments as `persistent.run_layers`, contiguous."""
+) -> Tensor:
+    """What the layers make of x [B, S, W]; arguments as `persistent.run_layers`, contiguous."""
+    y = x.clone()
     (batch, length, width), (depth, _, prefix, head) = y.shape, keys.shape
     tokens, heads = batch * length, stack.qkv.weight.shape[1] // head - 2
     mlp = stack.gate_up.weight.shape[1] // 2
@@ -99,11 +100,12 @@ def launch(
         constants[f"{name}_PERMUTE"], constants[f"{name}_BLOCK"] = matrix.permutation is not None, matrix.hadamard
     if not interpreted:
         _layers[(programs,)](*operands, 0, depth, OPERATION=-1, launch_cooperative_grid=True, **constants)
-        return
+        return y
     for layer in range(depth):  # programs of the interpreter run one after the other: they cannot wait
         for operation in range(OPERATIONS.value):
             _layers[(programs,)](*operands, layer, layer + 1, OPERATION=operation, **constants)
     _layers[(programs,)](*operands, 0, depth, OPERATION=OPERATIONS.value, **constants)
+    return y
 
 
 def _columns(matrix: "Matrix", programs: int) -> int:

@@ -137,11 +137,11 @@ def test_a_launch_that_does_not_give_what_layers_give_is_left_out(
 
     calls = []
 
-    def faulty(y: Tensor, *_: object, **how: object) -> None:
+    def faulty(x: Tensor, *_: object, **how: object) -> Tensor:
         calls.append(how)
         if fault == "raises":
             raise RuntimeError("no room")
-        y.mul_(1.2 if fault == "wrong" else float("nan"))
+        return x * (1.2 if fault == "wrong" else float("nan"))
 
     monkeypatch.setattr(persistent_triton, "launch", faulty)
     how = {"shape": (1, 2), "prefix": 21, "state_first": False, "masked": False}

@@ -14,9 +14,9 @@ from openpi_duquant import packing
 from openpi_duquant.commands.bench_linear import SHAPES
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import Problem
+from openpi_duquant.kernels import driver
 from openpi_duquant.kernels.bitblas import build
 from openpi_duquant.kernels.bitblas import cache
-from openpi_duquant.kernels.bitblas import driver
 from openpi_duquant.kernels.bitblas import launch
 from openpi_duquant.kernels.bitblas import loading
 from openpi_duquant.kernels.bitblas import operators

@@ -17,8 +17,8 @@ from openpi_duquant.environment import cache_folder
 from openpi_duquant.kernels import Backend
 from openpi_duquant.kernels import Problem
 from openpi_duquant.kernels import choice
+from openpi_duquant.kernels import driver
 from openpi_duquant.kernels import reference
-from openpi_duquant.kernels.bitblas import driver
 from openpi_duquant.kernels.files import write_whole
 from openpi_duquant.profiling import Profile
 from openpi_duquant.profiling import span

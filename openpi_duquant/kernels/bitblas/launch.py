@@ -1,13 +1,39 @@
 """The matmul of the BitBLAS backend: one generated kernel for the accumulators, one of ours for the rest."""
 
+import ctypes
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from openpi_duquant import transforms
-from openpi_duquant.kernels.bitblas.driver import Kernel
+from openpi_duquant.kernels import driver
 from openpi_duquant.kernels.bitblas.operators import bucket
 from openpi_duquant.kernels.epilogue import epilogue
 from openpi_duquant.profiling import span
+
+
+class Kernel(NamedTuple):
+    """A matmul kernel, loaded on one device.
+
+    Attributes:
+        function: The kernel.
+        rows: Tokens a block.
+        columns: Out channels a block.
+        threads: Threads a block.
+    """
+
+    function: driver.Function
+    rows: int
+    columns: int
+    threads: int
+
+    def __call__(self, a: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Launches out [M, N] = a [M, K] . weight [N, ...]^T on the current stream; all contiguous, on the device."""
+        m, n = out.shape
+        tensors = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, weight, out)]
+        self.function((n // self.columns, -(-m // self.rows), 1), self.threads, [*tensors, ctypes.c_int(m)])
+
 
 KERNELS: dict[tuple[int, torch.dtype, torch.dtype, int, int], tuple[Kernel, ...]] = {}
 """Kernels for few, some and many tokens, by device, dtypes of activation and weight, N and K; filled by `loading`."""

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.kernels import driver
 from openpi_duquant.kernels.backend import Problem
 from openpi_duquant.kernels.backend import architecture
 from openpi_duquant.kernels.backend import reasons_against
 from openpi_duquant.kernels.bitblas import build
 from openpi_duquant.kernels.bitblas import cache
-from openpi_duquant.kernels.bitblas import driver
 from openpi_duquant.kernels.bitblas import operators
 from openpi_duquant.kernels.bitblas.launch import KERNELS
+from openpi_duquant.kernels.bitblas.launch import Kernel
 from openpi_duquant.kernels.bitblas.self_test import self_test
 from openpi_duquant.kernels.epilogue import LARGEST_BLOCK
 
@@ -116,9 +117,10 @@ def _start(
     return self_test(problem, torch.device("cuda", key[0]))
 
 
-def _load(operator: operators.Operator, entry: cache.Entry, device: int) -> driver.Kernel:
+def _load(operator: operators.Operator, entry: cache.Entry, device: int) -> Kernel:
     try:
         code, launch = entry.read()
-        return driver.load(code, operator.name, launch, device)
-    except (DuQuantError, OSError, ValueError, KeyError) as error:
+        function = driver.load(code, operator.name, launch.pop("shared_memory"), device)
+        return Kernel(function, **launch)
+    except (DuQuantError, OSError, ValueError, KeyError, TypeError) as error:
         raise DuQuantError(f"{entry.path}: {error}; delete it and the .cubin beside it") from None

@@ -1,0 +1,828 @@
+// The kernel of persistent_cuda.py: decoder layers of a few tokens in blocks that stay. It needs Hopper's clusters.
+//
+// A layer has five operations: q/k/v, attention, o, gate/up, down. No block waits for all others: every layer has
+// buffers of its own, filled with a number that nothing here computes, and whoever reads waits until it is gone. Within
+// a cluster, blocks send each other what they need, into shared memory that counts the bytes:
+//   a matmul    Every cluster turns all tokens into int8 codes, 16 at a time; a block has two of the rows.
+//               Wide matrices (q/k/v, gate/up): codes go to all blocks, each of which has some of the columns.
+//               Deep ones (o, down): to the block that has the channel, an eighth of them; sums go to the block that
+//               finishes the column.
+//   attention   A cluster has 16 pairs of a token and a head, each of its blocks an eighth of the keys; partial sums go
+//               to the block that has the channel, an eighth of the head.
+// Weights, keys and whatever else is not computed here are read before what is waited for.
+//
+// Defined by persistent_cuda.py: CLUSTERS, of CLUSTER blocks; WARPS (of a block), KEYS (most that one attends to);
+// WIDTH, MLP, HEADS, HEAD; QKV_BLOCK, UP_BLOCK, DOWN_BLOCK (of Hadamards; 0 for none); QKV_PERMUTED, UP_PERMUTED,
+// DOWN_PERMUTED; ADAPTIVE (norms with a shift and a gate); EPS; SCALE (of scores, in base 2); SHARED_MEMORY (bytes).
+
+using uint8 = unsigned char;
+using bf16 = unsigned short;
+using int64 = long long;
+using uint64 = unsigned long long;
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int HALF = THREADS / 2;  // threads that have a row
+constexpr int ROWS = 16;           // tokens, or pairs of a token and a head, that the tensor cores take
+constexpr int SEGMENT = 64;        // bytes of a weight's row that four threads read, 16 each
+constexpr int PAD = 8;             // elements between rows in shared memory, against bank conflicts
+constexpr int QKV = (HEADS + 2) * HEAD;
+constexpr int NORM = ADAPTIVE ? 3 * WIDTH : WIDTH;
+constexpr int SLICE = HEAD / CLUSTER;  // of a head, that a block finishes
+constexpr int BUFFER = QKV + HEADS * HEAD + MLP + 2 * WIDTH;
+constexpr int MOST_CODES = WIDTH + SEGMENT;  // of a row, in a block, and room against bank conflicts
+static_assert(WARPS == ROWS && KEYS == 8 * WARPS && HEAD == 16 * WARPS,
+              "in attention a warp has a row, 8 keys, 16 channels");
+
+// Columns are dealt out by eights: so many to a cluster, and of these to a block, to finish.
+template <int N>
+constexpr int TILES_OF_CLUSTER = (N / 8 + CLUSTERS - 1) / CLUSTERS;
+template <int N>
+constexpr int OWN_TILES = (TILES_OF_CLUSTER<N> + CLUSTER - 1) / CLUSTER;
+
+struct Matrix {                // of every layer
+    const uint8* weight;       // [N, K / 2]: a byte has channels k and k + K / 2
+    const float* scale;        // [N]
+    const int64* permutation;  // [K], of the input; null for none
+};
+
+struct Arguments {
+    const bf16* x;  // [tokens, WIDTH]
+    bf16* out;      // [tokens, WIDTH]
+    bf16* buffers;  // [layers, tokens, BUFFER], of unwritten numbers
+    Matrix qkv, o, gate_up, down;
+    const float* norms;  // [2 layers, NORM]
+    const bf16* keys;    // [layers, batch, prefix, HEAD]
+    const bf16* values;
+    const uint8* visible;  // [batch, prefix]; null for all
+    const bf16* cos;       // [tokens, HEAD]
+    const bf16* sin;
+    int layers, batch, length, prefix, state_first;
+};
+
+struct AttentionMemory {
+    bf16 q[ROWS][HEAD + PAD];
+    float scores[2][ROWS][KEYS + PAD];  // of each half of the channels
+    bf16 weights[ROWS][KEYS + PAD];
+};
+
+struct Memory {
+    bf16 keys[KEYS][HEAD + PAD];
+    bf16 values[KEYS][HEAD + PAD];
+    uint8 codes[2][ROWS * MOST_CODES];  // of even and odd tiles of rows
+    float act_scale[2][ROWS];
+    union {
+        bf16 row[2][MLP];                                   // of each half
+        int sums[CLUSTER * ROWS * OWN_TILES<2 * MLP> * 8];  // [parts of the channels, ROWS, columns]
+        AttentionMemory attention;
+    };
+    float partial[CLUSTER][ROWS][SLICE];  // by the block that they come from
+    float2 totals[CLUSTER][ROWS];         // highest score, and sum of weights
+    float squares[WARPS];
+    unsigned largest[WARPS];
+    uint8 seen[KEYS];
+    uint64 codes_there[2], sums_there, partial_there;  // how many bytes have come
+};
+
+// --- small things ---------------------------------------------------------------------------------------------------
+
+__device__ float to_float(bf16 x) { return __uint_as_float(unsigned(x) << 16); }
+__device__ float low_half(unsigned pair) { return __uint_as_float(pair << 16); }
+__device__ float high_half(unsigned pair) { return __uint_as_float(pair & 0xFFFF0000); }
+
+__device__ unsigned to_pair(float low, float high) {
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+__device__ bf16 to_bf16(float x) { return bf16(to_pair(x, 0.f)); }
+
+__device__ float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ float quotient(float a, float b) {
+    float y;
+    asm("div.full.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
+__device__ float lowest() { return __uint_as_float(0xFF800000); }  // minus infinity
+
+__device__ unsigned shared_address(const void* at) { return unsigned(__cvta_generic_to_shared(at)); }
+
+__device__ unsigned in_block(const void* at, int rank) {  // the same place in another block of the cluster
+    unsigned there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(rank));
+    return there;
+}
+__device__ void send(unsigned there, unsigned count, unsigned a) {  // and count the bytes, in the same block
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there), "r"(a),
+                 "r"(count)
+                 : "memory");
+}
+__device__ void send(unsigned there, unsigned count, unsigned a, unsigned b) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(there),
+                 "r"(a), "r"(b), "r"(count)
+                 : "memory");
+}
+__device__ void send(unsigned there, unsigned count, uint4 a) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+        "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(count)
+        : "memory");
+}
+__device__ void expect(uint64* count, int bytes) {  // by one thread, once for every wait
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(count)), "r"(bytes)
+                 : "memory");
+}
+__device__ void wait_for_bytes(uint64* count, int waits) {  // after so many waits
+    unsigned there;
+    do
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(there)
+                     : "r"(shared_address(count)), "r"(waits % 2)
+                     : "memory");
+    while (!there);
+}
+__device__ void wait_for_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Who asks. Every operation has a copy that the compiler cannot see through: else it keeps all that follows from it in
+// registers, for all layers.
+struct Self {
+    int thread, block;
+    int warp, lane, half, rank, cluster;  // rank: of the block in its cluster
+    __device__ Self() : Self(threadIdx.x, blockIdx.x) {}
+    __device__ Self(const Self& other) : Self(other.thread, other.block) {}
+    __device__ Self(int thread, int block) : thread(thread), block(block) {
+        asm volatile("" : "+r"(this->thread), "+r"(this->block));
+        warp = this->thread / 32, lane = this->thread % 32, half = this->thread / HALF;
+        rank = this->block % CLUSTER, cluster = this->block / CLUSTER;
+    }
+};
+
+// Reads that stay where they are written: before a wait.
+__device__ uint4 read_weights(const void* at) {
+    uint4 w;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                 : "l"(at));
+    return w;
+}
+__device__ float read(const float* at) {
+    float x;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(at));
+    return x;
+}
+__device__ float4 read4(const float* at) {
+    float4 x;
+    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(at));
+    return x;
+}
+__device__ int2 read_indices(const int64* at) {  // two; of each the low half
+    int4 x;
+    asm volatile("ld.global.nc.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(at));
+    return {x.x, x.z};
+}
+__device__ unsigned read(const unsigned* at) {
+    unsigned x;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+    return x;
+}
+__device__ bf16 read(const bf16* at) {
+    bf16 x;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"(at));
+    return x;
+}
+
+// Numbers go from block to block one by one. A NaN with all bits set is none that the conversion to bf16 gives.
+__device__ bool unwritten(unsigned pair) { return (~pair - 0x00010001) & pair & 0x80008000; }
+
+__device__ uint2 read_written(const uint2* at, bool written) {
+    uint2 x;
+    do asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(at) : "memory");
+    while (!written && (unwritten(x.x) | unwritten(x.y)));
+    return x;
+}
+__device__ uint4 read_written(const uint4* at, bool written) {
+    uint4 x;
+    do
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "l"(at)
+                     : "memory");
+    while (!written && (unwritten(x.x) | unwritten(x.y) | unwritten(x.z) | unwritten(x.w)));
+    return x;
+}
+__device__ void write(bf16* at, float x) {
+    asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(at), "h"(to_bf16(x)) : "memory");
+}
+__device__ void write(unsigned* at, float low, float high) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(to_pair(low, high)) : "memory");
+}
+
+__device__ void fetch_into_l2(const void* at, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes));
+}
+__device__ void not_before(float& x) { asm volatile("" : "+f"(x)); }  // is x used
+__device__ void not_before(int& x) { asm volatile("" : "+r"(x)); }
+
+__device__ void copy_async(void* to, const void* from) {  // 16 bytes
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+__device__ void wait_for_half(const Self& self) {  // the threads that have the same row
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + self.half), "n"(HALF) : "memory");
+}
+
+// --- tokens to int8 -------------------------------------------------------------------------------------------------
+
+__device__ float sum_of_row(const Self& self, float x, float* scratch) {
+    for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
+    if (self.lane == 0) scratch[self.warp] = x;
+    wait_for_half(self);
+    x = scratch[self.half * (WARPS / 2)];
+    for (int i = 1; i < WARPS / 2; i++) x += scratch[self.half * (WARPS / 2) + i];
+    return x;
+}
+
+template <int K, int BLOCK>
+__device__ void butterflies(const Self& self, float (&x)[K / HALF]) {  // unnormalised Hadamard of every BLOCK channels
+    constexpr int E = K / HALF;
+    static_assert(BLOCK <= 32 * E, "a block of the rotation is in one warp");
+#pragma unroll
+    for (int step = 1; step < BLOCK && step < E; step *= 2)
+#pragma unroll
+        for (int i = 0; i < E; i++)
+            if (!(i & step)) {
+                float a = x[i], b = x[i + step];
+                x[i] = a + b;
+                x[i + step] = a - b;
+            }
+#pragma unroll
+    for (int lane = 1; lane * E < BLOCK; lane *= 2)
+#pragma unroll
+        for (int i = 0; i < E; i++) {
+            float other = __shfl_xor_sync(~0u, x[i], lane);
+            x[i] = self.thread & lane ? other - x[i] : x[i] + other;
+        }
+}
+
+// What a thread needs of its channels before it has the row.
+template <int K, bool NORMED, bool PERMUTED>
+struct Channels {
+    static constexpr int E = K / HALF;
+    alignas(16) float scale[NORMED ? E : 1], shift[NORMED && ADAPTIVE ? E : 1];
+    alignas(8) int source[PERMUTED ? E : 1];
+
+    __device__ Channels(const Self& self, const float* norm, const int64* permutation) {
+        int first = self.thread % HALF * E;
+        if constexpr (NORMED) {
+#pragma unroll
+            for (int i = 0; i < E; i += 4) {
+                reinterpret_cast<float4&>(scale[i]) = read4(norm + first + i);
+                if constexpr (ADAPTIVE) reinterpret_cast<float4&>(shift[i]) = read4(norm + WIDTH + first + i);
+            }
+        }
+        if constexpr (PERMUTED)
+#pragma unroll
+            for (int i = 0; i < E; i += 2) reinterpret_cast<int2&>(source[i]) = read_indices(permutation + first + i);
+    }
+};
+
+// Norm, permutation, rotation and rounding of a row [K], by half a block: codes into `coded` [K]; returns their scale.
+template <int K, int BLOCK, bool NORMED, bool PERMUTED>
+__device__ float transform(const Self& self, const bf16* x_row, bool written,
+                           const Channels<K, NORMED, PERMUTED>& channels, bf16* row, uint8* coded, Memory& memory) {
+    constexpr int E = K / HALF;
+    int first = self.thread % HALF * E;
+    float x[E];
+    const bf16* at = x_row + first;
+    if constexpr (E == 4) {
+        uint2 pairs = read_written(reinterpret_cast<const uint2*>(at), written);
+        x[0] = low_half(pairs.x), x[1] = high_half(pairs.x), x[2] = low_half(pairs.y), x[3] = high_half(pairs.y);
+    } else {
+#pragma unroll
+        for (int i = 0; i < E; i += 8) {
+            uint4 pairs = read_written(reinterpret_cast<const uint4*>(at + i), written);
+            x[i] = low_half(pairs.x), x[i + 1] = high_half(pairs.x), x[i + 2] = low_half(pairs.y);
+            x[i + 3] = high_half(pairs.y), x[i + 4] = low_half(pairs.z), x[i + 5] = high_half(pairs.z);
+            x[i + 6] = low_half(pairs.w), x[i + 7] = high_half(pairs.w);
+        }
+    }
+    if constexpr (NORMED) {
+        float square = 0.f;
+#pragma unroll
+        for (int i = 0; i < E; i++) square += x[i] * x[i];
+        float inverse_rms = rsqrtf(sum_of_row(self, square, memory.squares) / K + EPS);
+#pragma unroll
+        for (int i = 0; i < E; i++) {
+            float scale = channels.scale[i];
+            not_before(scale);
+            x[i] = x[i] * inverse_rms * (1.f + scale);
+            if constexpr (ADAPTIVE) x[i] += channels.shift[i];
+            x[i] = to_float(to_bf16(x[i]));
+        }
+    }
+    if constexpr (PERMUTED) {
+#pragma unroll
+        for (int i = 0; i < E; i += 2)
+            *reinterpret_cast<unsigned*>(row + first + i) = to_pair(x[i], x[i + 1]);  // exact: x is rounded already
+        wait_for_half(self);
+#pragma unroll
+        for (int i = 0; i < E; i++) {
+            int source = channels.source[i];
+            not_before(source);
+            x[i] = to_float(row[source]);
+        }
+    }
+    if constexpr (BLOCK > 1) butterflies<K, BLOCK>(self, x);
+    const float gain = BLOCK > 1 ? rsqrtf(float(BLOCK)) : 1.f;
+    unsigned bits = 0;  // of magnitudes, in order as the numbers are, NaN above all
+#pragma unroll
+    for (int i = 0; i < E; i++) bits = max(bits, __float_as_uint(x[i]) & 0x7FFFFFFF);
+    bits = __reduce_max_sync(~0u, bits);
+    if (self.lane == 0) memory.largest[self.warp] = bits;
+    wait_for_half(self);
+#pragma unroll
+    for (int i = 0; i < WARPS / 2; i++) bits = max(bits, memory.largest[self.half * (WARPS / 2) + i]);
+    float largest = __uint_as_float(bits) * gain;
+    float act_scale = largest == 0.f ? 1.f : __fdiv_rn(largest, 127.f);
+    float per_scale = quotient(gain, act_scale);
+    unsigned codes[E / 4];
+#pragma unroll
+    for (int i = 0; i < E; i += 4) {
+        unsigned c[4];  // added to 1.5 * 2^23, a number's nearest integer stands in the low bits of the sum
+#pragma unroll
+        for (int j = 0; j < 4; j++) c[j] = __float_as_uint(__fadd_rn(__fmul_rn(x[i + j], per_scale), 12582912.f));
+        codes[i / 4] = __byte_perm(__byte_perm(c[0], c[1], 0x0040), __byte_perm(c[2], c[3], 0x0040), 0x5410);
+    }
+    if constexpr (E == 4) *reinterpret_cast<unsigned*>(coded + first) = codes[0];
+    if constexpr (E == 8) *reinterpret_cast<uint2*>(coded + first) = make_uint2(codes[0], codes[1]);
+    if constexpr (E == 16)
+        *reinterpret_cast<uint4*>(coded + first) = make_uint4(codes[0], codes[1], codes[2], codes[3]);
+    return act_scale;
+}
+
+// --- W4A8 -----------------------------------------------------------------------------------------------------------
+
+// Codes of 16 tokens times a segment of the weights of some tiles of columns.
+template <int UNITS, int EACH>
+__device__ void multiply(int (&sums)[UNITS][4], uint4 low, uint4 low8, uint4 high, uint4 high8,
+                         const uint4 (&w)[UNITS][EACH], int segment) {
+    const unsigned *a0 = &low.x, *a1 = &low8.x, *a2 = &high.x, *a3 = &high8.x;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int unit = 0; unit < UNITS; unit++) {
+            int (&sum)[4] = sums[unit];
+            unsigned b =
+                (&w[unit][segment].x)[i];  // nibbles in the high half of a byte are 16 times what they stand for
+            asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                "{%0, %1, %2, %3};"
+                : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+                : "r"(a0[i]), "r"(a1[i]), "r"(a2[i]), "r"(a3[i]), "r"((b << 4) & 0xF0F0F0F0), "r"(b & 0xF0F0F0F0));
+        }
+}
+
+struct Steps {  // how often a block has waited for bytes
+    int codes, sums, partial;
+};
+
+// Columns come in pairs, DISTANCE apart, that are finished together.
+template <int N, int DISTANCE>
+__device__ int column_of(int pair) {
+    if (DISTANCE == 1) return 2 * pair;
+    if (2 * DISTANCE == N) return pair;
+    return pair / DISTANCE * 2 * DISTANCE + pair % DISTANCE;
+}
+
+// The tiles of 8 columns of a matrix that a block multiplies, and of these what it finishes.
+template <int N, bool WIDE>
+struct Share {
+    int first, tiles, of_cluster, own;
+    __device__ Share(const Self& self) {
+        constexpr int TILES = TILES_OF_CLUSTER<N>, OWN = OWN_TILES<N>;
+        of_cluster = min(TILES, N / 8 - self.cluster * TILES);
+        own = max(0, min(OWN, of_cluster - self.rank * OWN));
+        first = self.cluster * TILES + (WIDE ? self.rank * OWN : 0);
+        tiles = WIDE ? own : of_cluster;
+    }
+};
+
+template <int N, int K, int BLOCK, bool NORMED, bool PERMUTED, int DISTANCE, class Finish, class Meanwhile>
+__device__ void matmul(const Self& given_self, const Arguments& given, const Matrix& matrix, int layer, const bf16* x,
+                       bool written, const float* norm, const Finish& finish, const Meanwhile& meanwhile, Steps& steps,
+                       Memory& memory) {
+    constexpr bool WIDE = N > K;
+    constexpr int TILES = TILES_OF_CLUSTER<N>, OWN = OWN_TILES<N>;  // of 8 columns
+    constexpr int RUN = WIDE ? K / 2 : K / 2 / CLUSTER;             // channels that lie together in a block
+    constexpr int STRIDE = 2 * RUN + SEGMENT;                       // from a row's codes to the next one's
+    constexpr int PARTS = WIDE ? CLUSTER : 2;                       // of the segments of a row, for as many warps
+    constexpr int EACH = RUN / SEGMENT / PARTS;                     // segments
+    constexpr int ABREAST = WARPS / PARTS;                          // tiles at a time
+    constexpr int UNITS = ((WIDE ? OWN : TILES) + ABREAST - 1) / ABREAST;  // tiles of a warp
+    constexpr int SOURCES = WIDE ? PARTS : PARTS * CLUSTER;                // of the sums of a column
+    constexpr int ITEMS = (ROWS * OWN * 4 + THREADS - 1) / THREADS;        // a row and a pair of columns, of a thread
+    static_assert(EACH * PARTS * SEGMENT == RUN, "no part is empty");
+    static_assert(ROWS * STRIDE <= sizeof(memory.codes[0]), "codes have a place");
+    static_assert(SOURCES * ROWS * OWN * 8 * sizeof(int) <= sizeof(memory.sums), "sums have a place");
+
+    int tokens = given.batch * given.length;
+    Self self(given_self);
+    Share<N, WIDE> share(self);
+    Channels<K, NORMED, PERMUTED> channels(self, norm, PERMUTED ? matrix.permutation + int64(layer) * K : nullptr);
+    uint4 w[UNITS][EACH];
+    {
+        int part = self.warp % PARTS * EACH * SEGMENT + (WIDE ? 0 : self.rank * RUN) + self.lane % 4 * 16;
+        const uint8* weight = matrix.weight + int64(layer) * N * (K / 2) + part;
+#pragma unroll
+        for (int unit = 0; unit < UNITS; unit++) {
+            int tile = self.warp / PARTS + unit * ABREAST, pair = (share.first + tile) * 4 + self.lane / 8;
+            int row = column_of<N, DISTANCE>(pair) + self.lane / 4 % 2 * DISTANCE;
+#pragma unroll
+            for (int i = 0; i < EACH; i++) w[unit][i] = read_weights(weight + min(row, N - 1) * (K / 2) + i * SEGMENT);
+        }
+        if (self.thread < 2 && share.of_cluster == TILES) {  // the next layer's: a part of the cluster's, of each half
+            constexpr int BYTES = TILES * 4 * (K / 2) / CLUSTER;
+            int row =
+                column_of<N, DISTANCE>(self.cluster * TILES * 4) + self.thread * (DISTANCE > 1 ? DISTANCE : TILES * 4);
+            const uint8* next = matrix.weight + (int64((layer + 1) % given.layers) * N + row) * (K / 2);
+            fetch_into_l2(next + self.rank * BYTES, BYTES);
+        }
+    }
+    for (int first = 0; first < tokens; first += ROWS) {
+        Self self(given_self);
+        int rows = min(ROWS, tokens - first), mine = self.rank + self.half * CLUSTER, step = steps.codes++;
+        uint8* codes = memory.codes[step % 2];
+        uint64* codes_there = &memory.codes_there[step % 2];
+        if (self.thread == 0) {
+            expect(codes_there, rows * 2 * RUN + ROWS * int(sizeof(float)));
+            if (!WIDE) expect(&memory.sums_there, SOURCES * rows * share.own * 8 * int(sizeof(int)));
+        }
+        float act_scale = 0.f;
+        if (mine < rows) {
+            bf16* row = memory.row[self.half];
+            uint8* coded = reinterpret_cast<uint8*>(row);
+            act_scale = transform<K, BLOCK>(self, x + int64(first + mine) * K, written, channels, row, coded, memory);
+            wait_for_half(self);
+#pragma unroll
+            for (int to = self.warp % (WARPS / 2); to < CLUSTER; to += WARPS / 2) {
+                unsigned there = in_block(codes + mine * STRIDE, to), count = in_block(codes_there, to);
+#pragma unroll
+                for (int at = self.lane * 16; at < 2 * RUN; at += 512) {
+                    int from = WIDE ? at : at / RUN * (K / 2) + to * RUN + at % RUN;
+                    send(there + at, count, *reinterpret_cast<uint4*>(coded + from));
+                }
+            }
+            wait_for_half(self);  // until all is sent: sums may come here next
+        }  // all send something: who has it from all knows that all are here
+        if (self.thread % HALF < CLUSTER) {
+            int to = self.thread % HALF;
+            send(in_block(&memory.act_scale[step % 2][mine], to), in_block(codes_there, to),
+                 __float_as_uint(act_scale));
+        }
+
+        if (first == 0) meanwhile();
+        int row[ITEMS], pair[ITEMS], column[ITEMS];
+        float scale[ITEMS], scale2[ITEMS];
+        typename Finish::Operands operands[ITEMS];
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            if (i * THREADS >= rows * OWN * 4) break;
+            int item = self.thread + i * THREADS;
+            pair[i] = item % (OWN * 4), row[i] = pair[i] / 4 < share.own ? item / (OWN * 4) : ROWS;
+            if (row[i] >= rows) continue;
+            column[i] = column_of<N, DISTANCE>((self.cluster * TILES + self.rank * OWN) * 4 + pair[i]);
+            scale[i] = read(matrix.scale + layer * N + column[i]);
+            scale2[i] = read(matrix.scale + layer * N + column[i] + DISTANCE);
+            operands[i] = finish.read(first + row[i], column[i]);
+        }
+        wait_for_bytes(codes_there, step / 2);
+        int group = self.lane / 4, lane = self.lane % 4, part = self.warp % PARTS;
+        int sums[UNITS][4] = {};
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const uint8* at = codes + group * STRIDE + (part * EACH + i) * SEGMENT + lane * 16;
+            auto row = [&](int from) { return *reinterpret_cast<const uint4*>(at + from); };
+            uint4 low = row(0), low8 = row(8 * STRIDE), high = row(RUN), high8 = row(8 * STRIDE + RUN);
+            multiply<UNITS, EACH>(sums, low, low8, high, high8, w, i);
+        }
+#pragma unroll
+        for (int unit = 0; unit < UNITS; unit++) {
+            int tile = self.warp / PARTS + unit * ABREAST;
+            if (tile >= share.tiles) break;
+            int source = WIDE ? part : self.rank * PARTS + part;
+            int* place = &memory.sums[(source * ROWS + group) * (OWN * 8) + tile % OWN * 8 + lane * 2];
+            constexpr int LOWER = 8 * OWN * 8;  // eight rows below
+            if constexpr (WIDE) {
+                *reinterpret_cast<int2*>(place) = make_int2(sums[unit][0], sums[unit][1]);
+                *reinterpret_cast<int2*>(place + LOWER) = make_int2(sums[unit][2], sums[unit][3]);
+            } else {
+                unsigned there = in_block(place, tile / OWN), count = in_block(&memory.sums_there, tile / OWN);
+                if (group < rows) send(there, count, sums[unit][0], sums[unit][1]);
+                if (group + 8 < rows) send(there + LOWER * sizeof(int), count, sums[unit][2], sums[unit][3]);
+            }
+        }
+        if constexpr (WIDE)
+            __syncthreads();
+        else
+            wait_for_bytes(&memory.sums_there, steps.sums++);
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            if (i * THREADS >= rows * OWN * 4) break;
+            if (row[i] >= rows) continue;
+            int a = 0, b = 0;
+#pragma unroll
+            for (int source = 0; source < SOURCES; source++) {
+                int2 sums = *reinterpret_cast<int2*>(&memory.sums[(source * ROWS + row[i]) * (OWN * 8) + pair[i] * 2]);
+                a += sums.x;
+                b += sums.y;
+            }
+            float act_scale = memory.act_scale[step % 2][row[i]];
+            finish.write(first + row[i], column[i], float(a >> 4) * scale[i] * act_scale,
+                         float(b >> 4) * scale2[i] * act_scale, operands[i]);
+        }
+        __syncthreads();
+    }
+}
+
+// How the sums of a pair of columns are finished.
+
+struct Turned {  // rotary embedding of q and k; a pair is the same channel of both halves of a head
+    const bf16 *cos, *sin;
+    bf16* out;
+    struct Operands {
+        bf16 cos, sin;
+    };
+    __device__ Operands read(int m, int column) const {
+        if (column >= (HEADS + 1) * HEAD) return {0x3F80, 0};  // 1 and 0
+        int at = m * HEAD + column % HEAD;
+        return {::read(cos + at), ::read(sin + at)};
+    }
+    __device__ void write(int m, int column, float a, float b, Operands angle) const {
+        float cos = to_float(angle.cos), sin = to_float(angle.sin);
+        ::write(out + m * QKV + column, a * cos - b * sin);
+        ::write(out + m * QKV + column + HEAD / 2, b * cos + a * sin);
+    }
+};
+
+struct Gated {  // GeGLU; a pair is a channel of the gate and of up
+    bf16* out;
+    struct Operands {};
+    __device__ Operands read(int, int) const { return {}; }
+    __device__ void write(int m, int column, float gate, float up, Operands) const {
+        float x = to_float(to_bf16(gate));
+        x = quotient(x, 1.f + exp2_of(-2.302208198f * (x + 0.044715f * x * x * x)));  // tanh-approximated GELU
+        ::write(out + m * MLP + column, to_float(to_bf16(x)) * to_float(to_bf16(up)));
+    }
+};
+
+struct Added {      // to the residual stream, times a gate
+    const bf16* x;  // what this thread wrote, or was given
+    const float* gate;
+    bf16* out;
+    struct Operands {
+        unsigned pair;
+        float gate_a, gate_b;
+    };
+    __device__ Operands read(int m, int column) const {
+        unsigned pair = ::read(reinterpret_cast<const unsigned*>(x + m * WIDTH + column));
+        if constexpr (!ADAPTIVE) return {pair, 1.f, 1.f};
+        return {pair, ::read(gate + column), ::read(gate + column + 1)};
+    }
+    __device__ void write(int m, int column, float a, float b, Operands with) const {
+        ::write(reinterpret_cast<unsigned*>(out + m * WIDTH + column), a * with.gate_a + low_half(with.pair),
+                b * with.gate_b + high_half(with.pair));
+    }
+};
+
+// --- attention ------------------------------------------------------------------------------------------------------
+
+__device__ void load_matrices(unsigned (&fragment)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared_address(row)));
+}
+__device__ void load_transposed(unsigned (&fragment)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared_address(row)));
+}
+__device__ void multiply(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+struct Attention {
+    const Arguments& given;
+    Memory& memory;
+    const bf16* heads;  // [tokens, QKV]
+    bf16* out;          // [tokens, HEADS * HEAD]
+    Self self;
+    int layer, first, keys;  // of this block: the cached ones, then the tokens' own
+
+    __device__ Attention(const Self& self, const Arguments& given, int layer, const bf16* heads, bf16* out,
+                         Memory& memory)
+        : given(given), memory(memory), heads(heads), out(out), self(self), layer(layer) {
+        int all = given.prefix + given.length;
+        keys = ((all + CLUSTER - 1) / CLUSTER + 15) / 16 * 16;
+        first = self.rank * keys;
+    }
+    __device__ int blocks() const { return (given.length * HEADS + ROWS - 1) / ROWS; }
+
+    __device__ void read_ahead() const {
+        if (self.cluster < blocks() * given.batch) read_cached(self.cluster / blocks());
+    }
+    __device__ void read_cached(int element) const {  // asynchronously
+        int64 start = (int64(layer) * given.batch + element) * given.prefix;
+        int d = self.lane * 8;
+        for (int i = self.warp; i < keys && first + i < given.prefix; i += WARPS) {
+            int64 at = (start + first + i) * HEAD;
+            copy_async(&memory.keys[i][d], given.keys + at + d);
+            copy_async(&memory.values[i][d], given.values + at + d);
+        }
+    }
+
+    __device__ void read_own(int element) const {
+        int key = first + self.thread;
+        uint8 seen = key < given.prefix + given.length;
+        if (given.visible != nullptr && self.thread < keys && key < given.prefix)
+            seen = given.visible[element * given.prefix + key];
+        for (int i = self.warp; i < keys; i += WARPS) {
+            int own = first + i - given.prefix;
+            if (own < 0) continue;
+            const bf16* at = heads + int64(element * given.length + own) * QKV + HEADS * HEAD;
+            int d = self.lane * 8;
+            uint4 k = make_uint4(0, 0, 0, 0), v = k;
+            if (own < given.length) {
+                k = read_written(reinterpret_cast<const uint4*>(at + d), false);
+                v = read_written(reinterpret_cast<const uint4*>(at + HEAD + d), false);
+            }
+            *reinterpret_cast<uint4*>(&memory.keys[i][d]) = k;
+            *reinterpret_cast<uint4*>(&memory.values[i][d]) = v;
+        }
+        if (self.thread < keys) memory.seen[self.thread] = seen;
+        asm volatile("cp.async.wait_all;" ::: "memory");
+    }
+
+    __device__ void score(int block) const {  // a warp has 16 keys, and half of the channels
+        AttentionMemory& own = memory.attention;
+        int lane = self.lane, tile = self.warp / 2 * 16, part = self.warp % 2 * (HEAD / 2);
+        if (tile >= keys) return;
+        float sums[2][4] = {};
+#pragma unroll 2
+        for (int d = part; d < part + HEAD / 2; d += 16) {
+            unsigned a[4], b[4];
+            load_matrices(a, &own.q[lane % 16][d + lane / 16 * 8]);
+            load_matrices(b, &memory.keys[tile + lane / 16 * 8 + lane % 8][d + lane / 8 % 2 * 8]);
+            multiply(sums[0], a, b[0], b[1]);
+            multiply(sums[1], a, b[2], b[3]);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            int row = lane / 4 + i % 4 / 2 * 8, key = tile + i / 4 * 8 + lane % 4 * 2 + i % 2;
+            bool seen = memory.seen[key];
+            if (given.state_first && first + key > given.prefix) seen = seen && block * ROWS + row >= HEADS;
+            own.scores[self.warp % 2][row][key] = seen ? sums[i / 4][i % 4] * SCALE : lowest();
+        }
+    }
+
+    __device__ void weigh() const {  // a warp has a row
+        AttentionMemory& own = memory.attention;
+        int row = self.warp, lane = self.lane;
+        float x[KEYS / 32], best = lowest(), total = 0.f;
+#pragma unroll
+        for (int i = 0; i < KEYS / 32; i++) {
+            x[i] =
+                lane + i * 32 < keys ? own.scores[0][row][lane + i * 32] + own.scores[1][row][lane + i * 32] : lowest();
+            best = fmaxf(best, x[i]);
+        }
+        for (int i = 16; i > 0; i /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, i));
+        float from = best == lowest() ? 0.f : best;
+#pragma unroll
+        for (int i = 0; i < KEYS / 32; i++) {
+            float weight = exp2_of(x[i] - from);
+            total += weight;
+            if (lane + i * 32 < keys) own.weights[row][lane + i * 32] = to_bf16(weight);
+        }
+        for (int i = 16; i > 0; i /= 2) total += __shfl_xor_sync(~0u, total, i);
+        if (lane < CLUSTER)
+            send(in_block(&memory.totals[self.rank][row], lane), in_block(&memory.partial_there, lane),
+                 __float_as_uint(best), __float_as_uint(total));
+    }
+
+    __device__ void sum_values() const {  // a warp has 16 channels
+        AttentionMemory& own = memory.attention;
+        int lane = self.lane, d = self.warp * 16;
+        float sums[2][4] = {};
+        for (int key = 0; key < keys; key += 16) {
+            unsigned a[4], b[4];
+            load_matrices(a, &own.weights[lane % 16][key + lane / 16 * 8]);
+            load_transposed(b, &memory.values[key + lane % 16][d + lane / 16 * 8]);
+            multiply(sums[0], a, b[0], b[1]);
+            multiply(sums[1], a, b[2], b[3]);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int channel = d + i * 8 + lane % 4 * 2, to = channel / SLICE;
+            unsigned there = in_block(&memory.partial[self.rank][lane / 4][channel % SLICE], to);
+            unsigned count = in_block(&memory.partial_there, to);
+            send(there, count, __float_as_uint(sums[i][0]), __float_as_uint(sums[i][1]));
+            send(there + 8 * SLICE * sizeof(float), count, __float_as_uint(sums[i][2]), __float_as_uint(sums[i][3]));
+        }
+    }
+
+    __device__ void finish(int element, int block) const {  // a warp has a row
+        int row = self.warp, pair = block * ROWS + row;
+        float highest = lowest(), total = 0.f;
+#pragma unroll
+        for (int i = 0; i < CLUSTER; i++) highest = fmaxf(highest, memory.totals[i][row].x);
+        if (highest == lowest()) highest = 0.f;
+        float weights[CLUSTER];
+#pragma unroll
+        for (int i = 0; i < CLUSTER; i++) {
+            float2 part = memory.totals[i][row];
+            weights[i] = exp2_of(part.x - highest);
+            total += weights[i] * part.y;
+        }
+        if (pair >= given.length * HEADS) return;
+        bf16* slice = out + (int64(element) * given.length * HEADS + pair) * HEAD + self.rank * SLICE;
+        static_assert(SLICE == 32, "a lane has a channel");
+        float y = 0.f;
+#pragma unroll
+        for (int i = 0; i < CLUSTER; i++) y += weights[i] * memory.partial[i][row][self.lane];
+        write(slice + self.lane, quotient(y, total > 0.f ? total : 1.f));
+    }
+
+    __device__ void run(Steps& steps) const {
+        int loaded = self.cluster / blocks();
+        for (int unit = self.cluster; unit < blocks() * given.batch; unit += CLUSTERS) {
+            int element = unit / blocks(), block = unit % blocks();
+            if (unit > self.cluster) wait_for_cluster();  // until the last partial sums are read
+            if (self.thread == 0) expect(&memory.partial_there, int(sizeof(memory.partial) + sizeof(memory.totals)));
+            if (element != loaded) read_cached(element);
+            if (element != loaded || unit == self.cluster) read_own(element);
+            loaded = element;
+            int pair = block * ROWS + self.warp, d = self.lane * 8;
+            const bf16* at = heads + int64(element * given.length + pair / HEADS) * QKV + pair % HEADS * HEAD + d;
+            uint4 q = make_uint4(0, 0, 0, 0);
+            if (pair < given.length * HEADS) q = read_written(reinterpret_cast<const uint4*>(at), false);
+            *reinterpret_cast<uint4*>(&memory.attention.q[self.warp][d]) = q;
+            __syncthreads();
+            score(block);
+            __syncthreads();
+            weigh();
+            __syncthreads();
+            sum_values();
+            wait_for_bytes(&memory.partial_there, steps.partial++);
+            finish(element, block);
+        }
+        __syncthreads();
+    }
+};
+
+// --- the layers -----------------------------------------------------------------------------------------------------
+
+static_assert(sizeof(Memory) <= SHARED_MEMORY, "it has room");
+
+extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1)
+    run_layers(const __grid_constant__ Arguments given) {
+    extern __shared__ __align__(16) char dynamic[];
+    Memory& memory = *reinterpret_cast<Memory*>(dynamic);
+    Self self;
+    if (self.thread == 0) {
+        for (uint64* count :
+             {&memory.codes_there[0], &memory.codes_there[1], &memory.sums_there, &memory.partial_there})
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(count)) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    wait_for_cluster();
+    Steps steps = {};
+    auto nothing = [] {};
+    int64 tokens = given.batch * given.length;
+    const bf16* x = given.x;
+    for (int layer = 0; layer < given.layers; layer++) {
+        const float *norm = given.norms + 2 * layer * NORM, *norm2 = norm + NORM;
+        bf16* heads = given.buffers + layer * tokens * BUFFER;
+        bf16 *attended = heads + tokens * QKV, *middle = attended + tokens * HEADS * HEAD;
+        bf16 *hidden = middle + tokens * WIDTH, *out = layer + 1 < given.layers ? hidden + tokens * MLP : given.out;
+        matmul<QKV, WIDTH, QKV_BLOCK, true, QKV_PERMUTED, HEAD / 2>(
+            self, given, given.qkv, layer, x, layer == 0, norm, Turned{given.cos, given.sin, heads},
+            [&] { Attention(self, given, layer, heads, attended, memory).read_ahead(); }, steps, memory);
+        Attention(self, given, layer, heads, attended, memory).run(steps);
+        matmul<WIDTH, HEADS * HEAD, 0, false, false, 1>(self, given, given.o, layer, attended, false, nullptr,
+                                                        Added{x, norm + 2 * WIDTH, middle}, nothing, steps, memory);
+        matmul<2 * MLP, WIDTH, UP_BLOCK, true, UP_PERMUTED, MLP>(self, given, given.gate_up, layer, middle, false,
+                                                                 norm2, Gated{hidden}, nothing, steps, memory);
+        matmul<WIDTH, MLP, DOWN_BLOCK, false, DOWN_PERMUTED, 1>(self, given, given.down, layer, hidden, false, nullptr,
+                                                                Added{middle, norm2 + 2 * WIDTH, out}, nothing, steps,
+                                                                memory);
+        x = out;
+    }
+    wait_for_cluster();  // nobody sends to a block that is gone
+}

@@ -1,0 +1,125 @@
+"""`persistent` for the action expert of pi0 and pi0.5 on Hopper, whose blocks reach each other's shared memory.
+
+The kernel is in persistent.cu; NVRTC, which comes with torch, compiles it when a policy first needs it.
+"""
+
+import ctypes
+import functools
+import logging
+import math
+import pathlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from openpi_duquant.config import DuQuantError
+from openpi_duquant.kernels import driver
+from openpi_duquant.kernels.backend import architecture
+from openpi_duquant.kernels.reference import NORM_EPS
+
+if TYPE_CHECKING:
+    from openpi_duquant.kernels.persistent import Stack
+
+_SOURCE = pathlib.Path(__file__).with_name("persistent.cu")
+_KERNEL = "run_layers"
+_CLUSTER, _WARPS, _KEYS = 8, 16, 128
+_MOST_CLUSTERS = 16
+_SHARED_MEMORY = 227 * 1024
+_WIDTH, _MLP, _HEADS, _HEAD = 1024, 4096, 8, 256  # of Gemma 300M
+_LARGEST_BLOCK = 128  # of a Hadamard: what one warp has
+
+_logger = logging.getLogger(__name__)
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scale", "permutation")]
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "out", "buffers")),
+        *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("norms", "keys", "values", "visible", "cos", "sin")),
+        *((name, ctypes.c_int) for name in ("layers", "batch", "length", "prefix", "state_first")),
+    ]
+
+
+def takes(x: Tensor, stack: "Stack", keys: Tensor) -> bool:
+    """Whether the kernel runs these layers here: in bf16, of Gemma 300M, with at most 1,024 keys; on Hopper."""
+    sizes = *stack.o.weight.shape[1:], stack.gate_up.weight.shape[1], keys.shape[-1]
+    blocks = [matrix.hadamard for matrix in stack[:4]]
+    return (
+        x.dtype == torch.bfloat16
+        and sizes == (_WIDTH, _HEADS * _HEAD // 2, 2 * _MLP, _HEAD)
+        and max(blocks) <= _LARGEST_BLOCK
+        and keys.shape[2] + x.shape[1] <= _CLUSTER * _KEYS
+        and _kernel_for(x, stack) is not None
+    )
+
+
+def launch(
+    x: Tensor,
+    stack: "Stack",
+    norms: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    state_first: bool,
+) -> Tensor:
+    """What the layers make of x [B, S, W]; arguments as `persistent.run_layers`, contiguous."""
+    function, clusters = _kernel_for(x, stack)
+    (batch, length, _), (layers, _, prefix, _) = x.shape, keys.shape
+    columns = (2 * _HEADS + 2) * _HEAD + _MLP + 2 * _WIDTH
+    out, buffers = torch.empty_like(x), x.new_empty(layers, batch * length, columns)
+    buffers.view(torch.int16).fill_(-1)  # no number that the kernel computes
+    matrices = (_Matrix(*map(_address, matrix[:3])) for matrix in stack[:4])
+    tensors = map(_address, (norms, keys, values, visible, cos, sin))
+    sizes = layers, batch, length, prefix, state_first
+    arguments = _Arguments(*map(_address, (x, out, buffers)), *matrices, *tensors, *sizes)
+    function((clusters * _CLUSTER, 1, 1), 32 * _WARPS, [arguments], cooperative=True)
+    return out
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _kernel_for(x: Tensor, stack: "Stack") -> tuple[driver.Function, int] | None:
+    rotated = stack.qkv, stack.gate_up, stack.down
+    blocks = tuple(matrix.hadamard for matrix in rotated)
+    permuted = tuple(matrix.permutation is not None for matrix in rotated)
+    return _kernel(x.device, blocks, permuted, adaptive=stack.norms is None)
+
+
+@functools.cache
+def _kernel(
+    device: torch.device, blocks: tuple[int, ...], permuted: tuple[bool, ...], *, adaptive: bool
+) -> tuple[driver.Function, int] | None:
+    """The kernel, and how many clusters it runs in; None, and why, where it does not run."""
+    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < _SHARED_MEMORY:
+        return None
+    constants = {
+        "CLUSTER": _CLUSTER, "WARPS": _WARPS, "KEYS": _KEYS, "WIDTH": _WIDTH, "MLP": _MLP, "HEADS": _HEADS,
+        "HEAD": _HEAD, "ADAPTIVE": int(adaptive), "EPS": f"{NORM_EPS}f", "SHARED_MEMORY": _SHARED_MEMORY,
+        "SCALE": f"{_HEAD**-0.5 * math.log2(math.e)}f",
+    }  # fmt: skip
+    for name, block, by_index in zip(("QKV", "UP", "DOWN"), blocks, permuted, strict=True):
+        constants |= {f"{name}_BLOCK": block, f"{name}_PERMUTED": int(by_index)}
+    clusters = _MOST_CLUSTERS
+    try:
+        while True:  # GPUs differ in how many clusters they have room for
+            code = driver.compile_source(
+                _SOURCE.name, _SOURCE.read_text(), architecture(device), constants | {"CLUSTERS": clusters}
+            )
+            function = driver.load(code, _KERNEL, _SHARED_MEMORY, device.index)
+            fitting = function.most_clusters(_CLUSTER, 32 * _WARPS)
+            if fitting >= clusters:
+                return function, clusters
+            clusters = fitting
+    except DuQuantError as error:
+        _logger.warning("the expert runs without the kernel made for Hopper: %s", error)
+        return None

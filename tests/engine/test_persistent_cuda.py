@@ -1,0 +1,203 @@
+"""The kernel for Hopper against the definition of the layers; what chooses it, without a GPU."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import logging
+import pathlib
+import shutil
+import subprocess
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_duquant import PRESETS
+from openpi_duquant import convert
+from openpi_duquant import profiling
+from openpi_duquant import synthetic
+from openpi_duquant.accuracy import relative_error
+from openpi_duquant.architecture import Architecture
+from openpi_duquant.architecture import TransformerSize
+from openpi_duquant.config import DuQuantError
+from openpi_duquant.engine import Policy
+from openpi_duquant.engine import gemma
+from openpi_duquant.engine import load_policy
+from openpi_duquant.kernels import driver
+from openpi_duquant.kernels import persistent_cuda
+from openpi_duquant.kernels import persistent_triton
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+NVCC = shutil.which("nvcc")
+
+
+@pytest.fixture(scope="module")
+def converted(tiny: Architecture, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathlib.Path]:
+    """A policy with two layers of the real expert's size."""
+    folder = tmp_path_factory.mktemp("persistent_cuda")
+    language, expert = TransformerSize(256, 2, 320, 8, 256), TransformerSize(1024, 2, 4096, 8, 256)
+
+    def make(*, pi05: bool = True, **changes: object) -> pathlib.Path:
+        here = folder / f"{pi05}-{changes}".replace("'", "").replace(" ", "")
+        if not here.exists():
+            architecture = dataclasses.replace(tiny, language=language, expert=expert, pi05=pi05)
+            synthetic.make_checkpoint(here / "original", architecture, seed=5)
+            convert(here / "original", here / "converted", dataclasses.replace(PRESETS["default"], **changes))
+        return here / "converted"
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def loaded(converted: Callable[..., pathlib.Path]) -> Callable[..., Policy]:
+    """A policy on the GPU, once for each way to make it."""
+    found: dict[str, Policy] = {}
+
+    def load(backend: str, dtype: torch.dtype, **how: object) -> Policy:
+        key = f"{backend} {dtype} {how}"
+        if key not in found:
+            found[key] = load_policy(converted(**how), backend=backend, dtype=dtype, device="cuda")
+        return found[key]
+
+    return load
+
+
+def step(policy: Policy, shape: tuple[int, int], prefix: int, *, state_first: bool, masked: bool) -> Tensor:
+    """What the expert makes of random tokens and a random cache."""
+    random = torch.Generator().manual_seed(0)
+    (batch, tokens), size = shape, policy.architecture.expert
+    x, *cached = (
+        torch.randn(sizes, generator=random).bfloat16().to("cuda", policy.dtype)
+        for sizes in ((batch, tokens, size.width), *[(size.depth, batch, prefix, size.head_dim)] * 2)
+    )
+    visible = (torch.rand(batch, prefix, generator=random) > 0.2).cuda() if masked else None
+    modulations: object = [None] * (2 * size.depth + 1)
+    if policy.architecture.pi05:
+        modulations = torch.randn(2 * size.depth + 1, 3 * size.width, generator=random).cuda() / 4
+    rotation = gemma.rotary(prefix + torch.arange(tokens, device="cuda").expand(batch, -1), size.head_dim, x.dtype)
+    with torch.no_grad():
+        return policy.expert(x, rotation, visible, tuple(cached), modulations, state_first=state_first)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs Hopper's clusters")
+@pytest.mark.parametrize(
+    ("shape", "prefix", "state_first", "masked"),
+    [
+        ((1, 1), 1, False, False),
+        ((1, 10), 544, False, True),
+        ((1, 16), 128, False, False),
+        ((1, 17), 968, False, True),
+        ((1, 51), 968, True, True),
+        ((4, 10), 300, False, True),
+        ((3, 21), 77, True, True),
+    ],
+)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"pi05": True},
+        {"pi05": False},
+        {"pi05": True, "rotation_block": 128},
+        {"pi05": True, "rotation": "none", "permute": False},
+    ],
+    ids=str,
+)
+def test_a_step_is_its_definition(
+    loaded: Callable[..., Policy],
+    monkeypatch: pytest.MonkeyPatch,
+    how: dict[str, object],
+    shape: tuple[int, int],
+    prefix: int,
+    *,
+    state_first: bool,
+    masked: bool,
+) -> None:
+    given = {"shape": shape, "prefix": prefix, "state_first": state_first, "masked": masked}
+    policy = loaded("triton", torch.bfloat16, **how)
+    expected = step(loaded("reference", torch.float32, **how), **given)
+    with profiling.Profile().active():  # layers one by one
+        usual = relative_error(step(policy, **given).float(), expected)
+    monkeypatch.setattr(persistent_triton, "launch", lambda *_, **__: pytest.fail("the other kernel was launched"))
+    monkeypatch.setattr(policy.expert, "_compared", True)
+    actual = step(policy, **given)
+    assert relative_error(actual.float(), expected) < 1.3 * usual < 0.03
+    for _ in range(20):
+        assert torch.equal(step(policy, **given), actual)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs Hopper's clusters")
+def test_more_keys_than_its_blocks_have_room_for_are_for_the_other_kernel(
+    converted: Callable[..., pathlib.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(persistent_cuda, "launch", lambda *_, **__: pytest.fail("it was launched"))
+    policy = load_policy(converted(pi05=True), backend="triton", dtype=torch.bfloat16, device="cuda")
+    assert step(policy, (1, 10), 1015, state_first=False, masked=False).isfinite().all()
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """A GPU with room for 15 clusters; what was compiled."""
+    compiled: list[object] = []
+    room = types.SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
+    function = types.SimpleNamespace(most_clusters=lambda blocks, threads: 120 // blocks)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: room)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(driver, "compile_source", lambda *given: compiled.append(given[-1]["CLUSTERS"]) or b"code")
+    monkeypatch.setattr(driver, "load", lambda *_: function)
+    persistent_cuda._kernel.cache_clear()
+    yield compiled
+    persistent_cuda._kernel.cache_clear()
+
+
+def kernel() -> object:
+    return persistent_cuda._kernel(torch.device("cuda", 0), (64, 64, 64), (True, True, False), adaptive=True)
+
+
+def test_it_is_compiled_for_as_many_clusters_as_run_at_a_time(hopper: list[object]) -> None:
+    assert kernel()[1] == 15
+    assert hopper == [16, 15]
+
+
+def test_where_it_does_not_compile_it_is_left_out_and_says_why(
+    hopper: list[object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise DuQuantError("persistent.cu does not compile for sm_90: no")
+
+    monkeypatch.setattr(driver, "compile_source", broken)
+    with caplog.at_level(logging.WARNING):
+        assert kernel() is None
+    assert "persistent.cu does not compile for sm_90: no" in caplog.text
+    assert not hopper
+
+
+def test_gpus_without_the_room_are_not_asked(hopper: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    room = types.SimpleNamespace(shared_memory_per_block_optin=163 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: room)
+    assert kernel() is None
+    assert not hopper
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs CUDA's nvcc")
+@pytest.mark.parametrize("clusters", [14, 15, 16])
+@pytest.mark.parametrize(("permuted", "adaptive"), [((True, True, False), True), ((False, False, True), False)])
+def test_it_compiles_without_spilling_registers(
+    hopper: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+    permuted: tuple[bool, ...],
+    clusters: int,
+    *,
+    adaptive: bool,
+) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(driver, "compile_source", lambda *_: given.update(_[-1]) or b"code")
+    persistent_cuda._kernel(torch.device("cuda", 0), (64, 64, 64), permuted, adaptive=adaptive)
+    macros = [f"-D{name}={value}" for name, value in (given | {"CLUSTERS": clusters}).items()]
+    command = [NVCC, "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "code", *macros]
+    done = subprocess.run([*command, persistent_cuda._SOURCE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert " 0 bytes spill stores" in done.stderr
+    del hopper
