@@ -30,7 +30,7 @@ def stack_(layers: Sequence[nn.Module]) -> Stack | None:
     if not all(layer.only_rounds for layer in matrices[1]):
         return None
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-    weights = torch.stack([norm.weight for norm in norms]) if hasattr(norms[0], "weight") else None
+    weights = torch.stack([norm.weight.float() for norm in norms]) if hasattr(norms[0], "weight") else None
     return Stack(*(_stacked_(matrix) for matrix in matrices), weights)
 
 

@@ -36,7 +36,7 @@ class Stack(NamedTuple):
         o: Its input is only rounded.
         gate_up: Merged.
         down: Without anything special.
-        norms: [2 L, W], weights of RMS norms, two a layer; None for adaptive ones.
+        norms: [2 L, W] fp32, weights of RMS norms, two a layer; None for adaptive ones.
     """
 
     qkv: Matrix
