@@ -23,7 +23,7 @@ EPISODE_CALLS = 18
 _COLORS = {"simulated W4A8": "C3", "real W4A8": "C0", "bf16": "0.55"}
 _REAL = ("w4a8-triton", "w4a8-bitblas")
 
-SUMMARY_ROWS = ("naive", "openpi-eager", "openpi-compiled", "bf16-compiled", "w4a8-triton")
+SUMMARY_ROWS = ("naive", "openpi-eager", "openpi-compiled", "bf16-engine", "w4a8-triton")
 SUMMARY_COLUMNS = (
     "what runs",
     "calls",
