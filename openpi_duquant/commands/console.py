@@ -6,6 +6,7 @@ from rich.console import Console
 import torch
 
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.engine.placement import existing_device
 from openpi_duquant.environment import ENVIRONMENT_PREFIX
 from openpi_duquant.environment import Environment
 from openpi_duquant.environment import read_environment
@@ -19,15 +20,11 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         DuQuantError: If there is no such device here.
     """
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = existing_device(name)
     if device.type not in ("cpu", "cuda"):
         raise DuQuantError(f"unknown device {name!r}: give cpu, cuda, cuda:<index> or auto")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise DuQuantError(f"device {name}: {count} CUDA devices are visible here; see openpi-duquant doctor")
     return device
 
 

@@ -44,6 +44,11 @@ def refusal(folder: pathlib.Path) -> str:
     return str(caught.value)
 
 
+def test_a_missing_gpu_is_said_before_anything_is_read(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(DuQuantError, match=r"^device cuda:\d+: "):
+        load_policy(tmp_path / "nowhere", device=f"cuda:{torch.cuda.device_count()}")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
 @pytest.mark.parametrize("bit", [1, 128])
 def test_a_flipped_bit_among_the_weights_is_refused(folder: pathlib.Path, share: float, bit: int) -> None:
