@@ -40,8 +40,9 @@ def bench_policy(
     """Time a policy call: naive fake quantization, its improvements one by one, bf16, and this project's engine.
 
     Every row runs in a process of its own, on the same weights, observation and noise. Writes policy.json after every
-    row, then policy.md, policy.png and logs. What policy.json has is not measured again: run the command again after
-    an interruption. A row that fails is recorded with its reason; name it in --rows to try it again.
+    row, then policy.md, policy.png and logs. What policy.json has is not measured again: run the command again, with
+    the same options, after an interruption. A row that fails is recorded with its reason; name it in --rows to try it
+    again.
 
     Args:
         output: Folder for the results.
@@ -63,15 +64,15 @@ def bench_policy(
     folder = None if checkpoint is None else str(checkpoint.resolve())
     scratch = output.resolve() / f"converted-{checkpoint.name if checkpoint else size}-{seed}-{where.type}"
     setting = Setting("given" if folder else size, folder, seed, num_steps, str(where), str(scratch))
-    limits = {"calls": calls, "seconds_per_row": seconds_per_row, "row_timeout": row_timeout}
+    limits = {"calls": calls, "seconds_per_row": seconds_per_row}
     path = output / "policy.json"
-    results = _resume(path, setting)
+    results = _resume(path, dataclasses.asdict(setting) | {"scratch": None} | limits)
     wanted = [name for name in ROWS if _is_wanted(name, rows, results["rows"])]
     with progress_bars() as bars:
         task = bars.add_task("Measuring", total=len(wanted))
         for name in wanted:
             bars.update(task, description=name)
-            results["rows"][name] = _run(name, setting, limits, output / "logs")
+            results["rows"][name] = _run(name, setting, limits, row_timeout, output / "logs")
             write_json(path, results)
             bars.advance(task)
     if results["rows"].keys() == ROWS.keys():
@@ -92,21 +93,23 @@ def _is_wanted(name: str, rows: Sequence[str], done: dict[str, Any]) -> bool:
     return name in rows and (name not in done or "failed" in done[name]) if rows else name not in done
 
 
-def _resume(path: pathlib.Path, setting: Setting) -> dict[str, Any]:
+def _resume(path: pathlib.Path, setting: dict[str, Any]) -> dict[str, Any]:
     """Results so far: an empty frame, or those of the file, if they were measured as is asked for now."""
-    now = {"stamp": stamp(), "setting": dataclasses.asdict(setting) | {"scratch": None}}
+    now = {"stamp": stamp(), "setting": setting}
     if not path.exists():
         return {**now, "rows": {}}
     results = json.loads(path.read_text())
-    for part, names in (("stamp", ("gpu", "versions")), ("setting", now["setting"])):
+    for part, names in (("stamp", ("gpu", "versions")), ("setting", setting)):
         for name in names:
-            before, here = results[part][name], now[part][name]
+            before, here = results[part].get(name), now[part][name]
             if before != here:
                 raise DuQuantError(f"{path}: was measured with {name} {before}, here is {here}; use another --output")
     return results
 
 
-def _run(name: str, setting: Setting, limits: dict[str, float], logs: pathlib.Path) -> dict[str, Any]:
+def _run(
+    name: str, setting: Setting, limits: dict[str, float], row_timeout: float, logs: pathlib.Path
+) -> dict[str, Any]:
     """The row that a process of its own measures, or why there is none; what the process says goes into a log."""
     logs.mkdir(exist_ok=True)
     result, log = logs / f"{name}.json", logs / f"{name}.log"
@@ -116,10 +119,10 @@ def _run(name: str, setting: Setting, limits: dict[str, float], logs: pathlib.Pa
     try:
         with log.open("w") as file:
             status = subprocess.run(
-                [*command, *options], stdout=file, stderr=file, timeout=limits["row_timeout"], check=False
+                [*command, *options], stdout=file, stderr=file, timeout=row_timeout, check=False
             ).returncode
     except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {limits['row_timeout']:g} s", "commit": stamp()["commit"]}
+        return {"failed": f"not done after {row_timeout:g} s", "commit": stamp()["commit"]}
     if status:
         said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         return {"failed": said[-1].strip() if said else f"exit status {status}", "commit": stamp()["commit"]}

@@ -187,6 +187,12 @@ def _notes(results: Results) -> str:
         f"torch.compile: {COMPILE_MODE} for a policy, default for a layer.",
         "The action difference is relative (L2) to bf16-eager, from the same noise.",
     ]
+    by_commit: dict[str, list[str]] = {}
+    for name, row in measured(results).items():
+        by_commit.setdefault(row["commit"] or "no commit", []).append(name)
+    if len(by_commit) > 1:
+        parts = (f"{', '.join(names)} of {commit}" for commit, names in by_commit.items())
+        notes.append(f"Rows measured at one commit and at another: {'; '.join(parts)}.")
     if results["stamp"]["gpu"] is None:
         notes.append("Without a GPU there are no CUDA graphs and no kernels: only the ratios say anything.")
     return "\n".join(f"- {note}" for note in notes)

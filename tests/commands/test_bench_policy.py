@@ -249,7 +249,8 @@ def row(milliseconds: float, actions: Tensor, **more: object) -> dict[str, Any]:
     wall = times | {"p50_ms": milliseconds, "p95_ms": 1.5 * milliseconds, "p99_ms": 2 * milliseconds}
     memory = {"weight_bytes": 2_000_000_000, "peak_bytes": 2_500_000_000, "device_bytes": 3_000_000_000}
     model = {name: value / 2 for name, value in wall.items()}
-    return {"wall": wall, "model": model, "first_call_s": 1.25, "actions": encode(actions), **memory} | more
+    measured = {"wall": wall, "model": model, "first_call_s": 1.25, "actions": encode(actions), "commit": "abc"}
+    return measured | memory | more
 
 
 @pytest.fixture
@@ -376,11 +377,27 @@ def test_a_row_that_failed_is_tried_again_when_it_is_named(ran: list[str], tmp_p
     assert ran.count("naive") == 1
 
 
-def test_other_settings_are_not_mixed(ran: list[str], tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--num-steps", 5), "num_steps 10, here is 5"),
+        (("--calls", 7), "calls 100, here is 7"),
+        (("--seconds-per-row", 60), "seconds_per_row 20.0, here is 60.0"),
+    ],
+)
+def test_other_settings_are_not_mixed(
+    option: tuple[str, int], said: str, ran: list[str], tmp_path: pathlib.Path
+) -> None:
     command("--output", tmp_path, "--device", "cpu", "--rows", "naive")
-    with pytest.raises(SystemExit, match="was measured with num_steps 10, here is 5"):
-        command("--output", tmp_path, "--device", "cpu", "--rows", "simple", "--num-steps", 5)
+    with pytest.raises(SystemExit, match=f"was measured with {said}"):
+        command("--output", tmp_path, "--device", "cpu", "--rows", "simple", *option)
     assert ran == ["naive"]
+
+
+def test_the_page_says_which_rows_are_of_another_commit(results: dict[str, Any]) -> None:
+    assert "at another" not in policy_report.markdown(results)
+    results["rows"]["naive"]["commit"] = "old"
+    assert "another: naive of old; w4a8-bitblas, w4a8-triton, " in policy_report.markdown(results)
 
 
 def test_an_unknown_row_lists_those_there_are(tmp_path: pathlib.Path) -> None:
@@ -421,8 +438,7 @@ def test_actions_are_those_of_the_policies(measured: pathlib.Path, setting: Sett
 
 def run_naive(tmp_path: pathlib.Path, setting: Setting, *, timeout: float) -> dict[str, Any]:
     """What is recorded of the row `naive`."""
-    limits = {"calls": 3, "seconds_per_row": 1.0, "row_timeout": timeout}
-    return COMMAND._run("naive", setting, limits, tmp_path / "logs")
+    return COMMAND._run("naive", setting, {"calls": 3, "seconds_per_row": 1.0}, timeout, tmp_path / "logs")
 
 
 def test_a_row_that_takes_too_long_is_given_up(tmp_path: pathlib.Path, setting: Setting) -> None:
