@@ -66,7 +66,7 @@ def empty(x: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("openpi_duquant::fused_transform")
 def _fake(x: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tensor]:
-    return empty(x, len(x), x.shape[1] // 2 if operands[-2] else x.shape[1])
+    return empty(x, x.shape[0], x.shape[1] // 2 if operands[-2] else x.shape[1])
 
 
 @torch.library.impl("openpi_duquant::fused_transform", "CUDA")

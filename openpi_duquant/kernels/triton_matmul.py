@@ -1,6 +1,7 @@
 """The `triton` backend: this project's own W4A8 and W8A8 matmul, everything up to the epilogue in one launch."""
 
 from collections.abc import Iterable
+import functools
 import importlib.util
 
 import torch
@@ -85,7 +86,7 @@ def matmul(
     """
     del row_sum
     rotation = transforms.as_operands(output_rotation)
-    epilogue = epilogue.by_token(len(a))
+    epilogue = epilogue.by_token(a.shape[0])
     fits = _fits(epilogue, output_rotation)
     turned, *others = epilogue if fits else NO_EPILOGUE
     after = *(turned or (None, None)), *others, dtype
@@ -113,7 +114,12 @@ torch.library.define(
 def _fake(a: Tensor, act_scale: Tensor, weight: Tensor, *operands: object) -> Tensor:
     del act_scale
     *_, geglu, dtype = operands
-    return a.new_empty(len(a), len(weight) // 2 if geglu else len(weight), dtype=dtype)
+    return a.new_empty(a.shape[0], weight.shape[0] // (1 + geglu), dtype=dtype)
+
+
+@functools.cache
+def _tile(device: torch.device, m: int, n: int, k: int, bits: int) -> tiles.Tile:
+    return tiles.tile_for(architecture(device), m, n, k, bits)
 
 
 @torch.library.impl("openpi_duquant::triton_matmul", "CUDA")
@@ -121,8 +127,8 @@ def _on_gpu(a: Tensor, act_scale: Tensor, weight: Tensor, *operands: object) -> 
     from openpi_duquant.kernels import matmul_triton  # noqa: PLC0415  triton is there where CUDA is
 
     *rest, geglu, _ = operands
-    (m, k), n = a.shape, len(weight)
-    tile = tiles.tile_for(architecture(a.device), m, n, k, bits=8 if weight.dtype == torch.int8 else 4)
+    (m, k), n = a.shape, weight.shape[0]
+    tile = _tile(a.device, m, n, k, 8 if weight.dtype == torch.int8 else 4)
     out = _fake(a, act_scale, weight, *operands)
     with torch.cuda.device_of(a):
         matmul_triton.launch(out, a, act_scale, weight, *rest, tile, geglu=geglu)
