@@ -159,11 +159,13 @@ def _transform_fault(kind: str, block: int, dtype: torch.dtype, device: torch.de
         return None
     scale, shift = torch.randn(2, width, generator=random) / 4
     what = f"the fused transform ({kind} {block})"
+    norm, permuted = Prologue(norm=True, scale=scale, shift=shift), Transform(None, permutation, rotation)
     try:
         for rows, prologue, given in (
-            (_TOKENS[0], Prologue(norm=True, scale=scale, shift=shift), Transform(None, permutation, rotation)),
+            (_TOKENS[0], norm, permuted),
             (_TOKENS[0], Prologue(geglu=True), Transform(None, None, rotation)),
-            (3 * _TOKENS[1], Prologue(), Transform(None, permutation, rotation)),
+            (3 * _TOKENS[1], norm, permuted),
+            (3 * _TOKENS[1], Prologue(), permuted),
         ):
             x = torch.randn(rows, width * (1 + prologue.geglu), generator=random).to(dtype)
             expected = reference.fused_transform(x, given, prologue)

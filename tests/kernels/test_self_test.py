@@ -182,6 +182,9 @@ def wrong_transforms() -> dict[str, Callable[[Tensor, Transform, Prologue], Quan
     return {
         "codes otherwise": lambda x, given, prologue: define(x, given._replace(permutation=None), prologue),
         "of 576 codes otherwise for 3": lambda x, given, prologue: define(x, given, prologue._replace(shift=None)),
+        "codes otherwise for 390": lambda x, given, prologue: define(
+            x, given, prologue._replace(shift=prologue.shift if len(x) < 64 else None)
+        ),
         "rounded 1 of 576 codes otherwise": jumping,
         "other scales": scaled,
         "its codes wrongly": summed,
