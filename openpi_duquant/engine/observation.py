@@ -64,8 +64,10 @@ def preprocess(observation: Observation, device: torch.device | None = None) -> 
             not given.
 
     Raises:
-        DuQuantError: On a live camera without an image, an image of a wrong shape or dtype, or no live camera at all.
+        DuQuantError: On a live camera without an image, an image of a wrong shape or dtype, no live camera at all, or
+            parts of different batches.
     """
+    _check_masks(observation)
     tokens, token_mask = observation.tokenized_prompt.cpu().long().numpy(), _mask(observation.tokenized_prompt_mask)
     known = np.ones(len(tokens), np.bool_)
     given = [observation.image_masks.get(camera) for camera in CAMERAS]
@@ -73,12 +75,26 @@ def preprocess(observation: Observation, device: torch.device | None = None) -> 
     live, used = masks.any(0), token_mask.any(0)
     cameras = list(itertools.compress(CAMERAS, live))
     for camera in cameras:
-        if camera not in observation.images:
+        image = observation.images.get(camera)
+        if image is None:
             raise DuQuantError(f"camera {camera} has no image: give one, or set image_masks[{camera!r}] to False")
+        if image.ndim == 4 and len(image) != len(tokens):
+            raise DuQuantError(f"camera {camera}: {len(image)} images, {len(tokens)} prompts")
     if not cameras:
         raise DuQuantError(f"every camera is masked: at least one of {', '.join(CAMERAS)} must be live")
     images = gather_images({camera: observation.images[camera] for camera in cameras}, device)
     return Prefix(images, *map(torch.from_numpy, (masks[:, live], tokens[:, used], token_mask[:, used])))
+
+
+def _check_masks(observation: Observation) -> None:
+    """Raises DuQuantError unless masks have the shape that the prompts ask for."""
+    prompts = observation.tokenized_prompt.shape
+    masks = {f"image_masks[{camera!r}]": observation.image_masks.get(camera) for camera in CAMERAS}
+    for name, mask in {"tokenized_prompt_mask": observation.tokenized_prompt_mask, **masks}.items():
+        expected = prompts[:1] if name in masks else prompts
+        if mask is not None and mask.shape != expected:
+            shape = list(mask.shape), list(expected)
+            raise DuQuantError(f"{name} is {shape[0]}, must be {shape[1]}: tokenized_prompt is {list(prompts)}")
 
 
 def _mask(given: Tensor) -> np.ndarray:
@@ -97,7 +113,8 @@ def gather_images(images: Mapping[str, Tensor], device: torch.device | None = No
         gathered = staging((len(next(iter(given))), len(given), *FRAME), torch.uint8, device)
         np.stack([image.numpy() for image in given], 1, out=gathered.numpy())
         return gathered
-    there = {camera: image.to(device or image.device, non_blocking=True) for camera, image in images.items()}
+    # not non_blocking: the caller may refill page-locked memory of his own as soon as a call returns
+    there = {camera: image.to(device or image.device) for camera, image in images.items()}
     return torch.stack([image if frames else prepare_image(camera, image) for camera, image in there.items()], 1)
 
 

@@ -284,12 +284,12 @@ class Pi0Policy(Policy):
         return self.time_embeddings(num_steps)
 
     def read_state(self, state: Tensor | None, batch: int) -> Tensor:
-        """The state in fp32; raises DuQuantError unless it is [batch, action_dim]."""
+        """A copy of the state in fp32; raises DuQuantError unless it is [batch, action_dim]."""
         expected = batch, self.architecture.action_dim
         if state is None or state.shape != expected:
             shape = None if state is None else tuple(state.shape)
             raise DuQuantError(f"state: pi0 reads {list(expected)}, got {shape}")
-        return state.float()
+        return state.to(torch.float32, copy=True)  # nobody waits for its copy to the GPU: the caller may refill his
 
 
 def build_policy(architecture: Architecture) -> Policy:

@@ -1,10 +1,12 @@
 """Preprocessing of observations."""
 
+from collections.abc import Callable
 import dataclasses
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.observation import CAMERAS
@@ -128,3 +130,42 @@ def test_a_live_camera_without_an_image_is_named() -> None:
 def test_one_camera_must_be_live() -> None:
     with pytest.raises(DuQuantError, match="every camera is masked"):
         preprocess(observation(masks={name: [False, False] for name in CAMERAS}))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("tokenized_prompt_mask", torch.ones(2, 3, dtype=torch.bool), r"_mask is \[2, 3\], must be \[2, 8\]: "),
+        ("image_masks", {BASE: torch.tensor(data=True)}, r"image_masks\['base_0_rgb'\] is \[\], must be \[2\]: "),
+        (
+            "image_masks",
+            {LEFT: torch.ones(1, dtype=torch.bool)},
+            r"is \[1\], must be \[2\]: tokenized_prompt is \[2, 8\]",
+        ),
+        ("images", dict.fromkeys(CAMERAS, torch.zeros(3, 224, 224, 3)), "camera base_0_rgb: 3 images, 2 prompts"),
+    ],
+)
+def test_parts_of_another_batch_are_refused(part: str, value: object, said: str) -> None:
+    with pytest.raises(DuQuantError, match=said):
+        preprocess(dataclasses.replace(observation(masks={}), **{part: value}))
+
+
+def test_of_a_masked_camera_anything_is_taken() -> None:
+    given = observation(masks={RIGHT: [False, False]})
+    placeholder = {**given.images, RIGHT: torch.zeros(1, 3, 8, 8)}
+    assert torch.equal(preprocess(dataclasses.replace(given, images=placeholder)).images, preprocess(given).images)
+
+
+def test_memory_of_the_caller_is_not_read_after_the_call() -> None:
+    class Copies(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Callable[..., object], _: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:
+            waits.append(not (kwargs or {}).get("non_blocking"))
+            return function(*args, **(kwargs or {}))
+
+    waits: list[bool] = []
+    with Copies():
+        gather_images({BASE: torch.zeros(1, 3, 8, 8)}, torch.device("cpu"))
+    assert waits
+    assert all(waits)

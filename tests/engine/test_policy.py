@@ -192,6 +192,10 @@ def test_pi0_needs_a_state() -> None:
     for state, shape in ((None, "None"), (torch.zeros(1, 8), r"\(1, 8\)")):
         with pytest.raises(DuQuantError, match=rf"state: pi0 reads \[1, 32\], got {shape}"):
             policy.sample_actions(dataclasses.replace(observation, state=state), noise)
+    state = torch.ones(1, 32)
+    read = policy.read_state(state, 1)
+    state.zero_()
+    assert read.sum() == 32
 
 
 @pytest.mark.parametrize("pi05", [True, False])
