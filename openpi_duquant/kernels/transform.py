@@ -1,4 +1,4 @@
-"""What precedes a quantized matmul, in one launch: norm or GeGLU -> permutation -> rotation -> int8, scale, row sum.
+"""What precedes a quantized matmul, in one launch or few: norm or GeGLU -> permutation -> rotation -> int8, scale, row sum.
 
 Defined by `reference.fused_transform`, which also runs it where there is no GPU.
 """
@@ -32,7 +32,7 @@ def why_not_fused(transform: transforms.Transform, width: int) -> str | None:
 def fused_transform(
     x: Tensor, transform: transforms.Transform, prologue: reference.Prologue = reference.NO_PROLOGUE
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prologue, transform and rounding; on a GPU in one launch where `why_not_fused` has nothing against it.
+    """Prologue, transform and rounding; on a GPU by kernels where `why_not_fused` has nothing against it.
 
     Args:
         x: [M, K], or [M, 2 K] for GeGLU, floating point; rows may lie apart, channels not.
