@@ -9,6 +9,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.environment import ENVIRONMENT_PREFIX
 from openpi_duquant.environment import Environment
 from openpi_duquant.environment import read_environment
+from openpi_duquant.kernels.backend import require_device
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -25,9 +26,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise DuQuantError(f"unknown device {name!r}: give cpu, cuda, cuda:<index> or auto")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise DuQuantError(f"device {name}: {count} CUDA devices are visible here; see openpi-duquant doctor")
+    require_device(device)
     return device
 
 

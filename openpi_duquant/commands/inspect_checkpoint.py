@@ -130,6 +130,7 @@ def _markdown(title: str, manifest: Manifest, results: Mapping[str, Any]) -> str
         (name, values["quantized_layers"], f"{values['bytes']:,}", f"{values['quantized_bytes']:,}")
         for name, values in results["components"].items()
     ]
+    known = [error for error in ERRORS if any(values[error] is not None for values in results["layers"].values())]
     layers = [
         (
             name,
@@ -138,11 +139,11 @@ def _markdown(title: str, manifest: Manifest, results: Mapping[str, Any]) -> str
             _joined(values["run_time"]),
             _joined(values["folded"]),
             f"{values['bytes']:,}",
-            *("" if values[error] is None else f"{values[error]:.4f}" for error in ERRORS),
+            *("-" if values[error] is None else f"{values[error]:.4f}" for error in known),
         )
         for name, values in results["layers"].items()
     ]
-    errors = [error.replace("_", " ") for error in ERRORS]
+    errors = [error.replace("_", " ") for error in known]
     header = "layer", "out x in", "bits", "at run time", "folded", "bytes", *errors
     counts = manifest.counts
     origin = f"{manifest.source['bytes']:,} bytes of {'/'.join(manifest.source['dtypes'])}"

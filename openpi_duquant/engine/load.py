@@ -18,6 +18,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.placement import HostResident
 from openpi_duquant.engine.policy import Policy
 from openpi_duquant.engine.policy import build_policy
+from openpi_duquant.kernels.backend import require_device
 from openpi_duquant.linear import LayerSpec
 from openpi_duquant.linear import QuantLinear
 from openpi_duquant.linear import prepare_
@@ -42,8 +43,9 @@ def load_policy(
 
     Raises:
         DuQuantError: If a file is missing or damaged, or does not hold what its manifest says; if the backend
-            cannot run.
+            cannot run, or there is no such device here.
     """
+    require_device(torch.device(device))
     folder = pathlib.Path(folder)
     with SafetensorsReader(folder) as reader:
         layers: dict[str, LayerSpec] = {}

@@ -145,6 +145,12 @@ def test_an_original_checkpoint_loads_as_it_is(source: pathlib.Path, dtype: torc
         assert torch.equal(tensor.float(), tensors[name].float()), name
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here_is_refused_before_anything_is_read(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(DuQuantError, match=r"^device cuda: 0 CUDA devices are visible here"):
+        load_policy(tmp_path, device="cuda")
+
+
 def in_float32(name: str) -> bool:
     """The names that openpi's `to_bfloat16_for_selected_params` keeps, and what it never casts: the heads."""
     kept = r"patch_embedding|position_embedding|input_layernorm|post_attention_layernorm|model\.norm"
