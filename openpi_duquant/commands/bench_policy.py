@@ -68,6 +68,8 @@ def bench_policy(
     path = output / "policy.json"
     results = _resume(path, dataclasses.asdict(setting) | {"scratch": None} | limits)
     wanted = [name for name in ROWS if _is_wanted(name, rows, results["rows"])]
+    if kept := [name for name in results["rows"] if name not in wanted]:
+        console.print(f"{path} has {', '.join(kept)}: not measured again; use another --output for that")
     with progress_bars() as bars:
         task = bars.add_task("Measuring", total=len(wanted))
         for name in wanted:

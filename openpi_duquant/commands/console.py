@@ -6,10 +6,10 @@ from rich.console import Console
 import torch
 
 from openpi_duquant.config import DuQuantError
-from openpi_duquant.engine.placement import existing_device
 from openpi_duquant.environment import ENVIRONMENT_PREFIX
 from openpi_duquant.environment import Environment
 from openpi_duquant.environment import read_environment
+from openpi_duquant.kernels.backend import require_device
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -20,11 +20,13 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         DuQuantError: If there is no such device here.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = existing_device(name)
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise DuQuantError(f"unknown device {name!r}: give cpu, cuda, cuda:<index> or auto")
+    require_device(device)
     return device
 
 

@@ -46,12 +46,11 @@ def inspect_checkpoint(
     source: pathlib.Path | None = None,
     output: pathlib.Path | None = None,
 ) -> None:
-    """Show what a converted checkpoint holds: components, layers, bits, folds, bytes, errors.
+    """Show what a converted checkpoint holds: components, layers, bits, folds, bytes; errors, given the source.
 
     Args:
         checkpoint: A checkpoint that convert-checkpoint made.
-        source: The checkpoint it was made of: adds the relative error of every layer's weight. That of its outputs is
-            shown where a calibration found it.
+        source: The checkpoint it was made of: adds the relative error of every layer's weight.
         output: Folder for inspection.md and inspection.json.
     """
     manifest = Manifest.load(checkpoint)
@@ -131,7 +130,7 @@ def _markdown(title: str, manifest: Manifest, results: Mapping[str, Any]) -> str
         (name, values["quantized_layers"], f"{values['bytes']:,}", f"{values['quantized_bytes']:,}")
         for name, values in results["components"].items()
     ]
-    errors = [error for error in ERRORS if any(values[error] is not None for values in results["layers"].values())]
+    known = [error for error in ERRORS if any(values[error] is not None for values in results["layers"].values())]
     layers = [
         (
             name,
@@ -140,12 +139,12 @@ def _markdown(title: str, manifest: Manifest, results: Mapping[str, Any]) -> str
             _joined(values["run_time"]),
             _joined(values["folded"]),
             f"{values['bytes']:,}",
-            *("" if values[error] is None else f"{values[error]:.4f}" for error in errors),
+            *("-" if values[error] is None else f"{values[error]:.4f}" for error in known),
         )
         for name, values in results["layers"].items()
     ]
-    names = [error.replace("_", " ") for error in errors]
-    header = "layer", "out x in", "bits", "at run time", "folded", "bytes", *names
+    errors = [error.replace("_", " ") for error in known]
+    header = "layer", "out x in", "bits", "at run time", "folded", "bytes", *errors
     counts = manifest.counts
     origin = f"{manifest.source['bytes']:,} bytes of {'/'.join(manifest.source['dtypes'])}"
     sections = [
@@ -162,7 +161,7 @@ def _markdown(title: str, manifest: Manifest, results: Mapping[str, Any]) -> str
 def _rounding(manifest: Manifest) -> str:
     """How the weights were rounded, and what that means for the errors in the table."""
     if manifest.calibration is None:
-        return "Weights are rounded to nearest; errors of outputs are known of calibrated checkpoints only."
+        return "Weights are rounded to nearest."
     errors = manifest.calibration["errors"]
     return (
         f"Weights are rounded by GPTQ, calibrated on {manifest.calibration.get('count', 'some')} observations "

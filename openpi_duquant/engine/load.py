@@ -16,9 +16,9 @@ from openpi_duquant.checkpoint.load import stored_name
 from openpi_duquant.checkpoint.load import verify
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.placement import HostResident
-from openpi_duquant.engine.placement import existing_device
 from openpi_duquant.engine.policy import Policy
 from openpi_duquant.engine.policy import build_policy
+from openpi_duquant.kernels.backend import require_device
 from openpi_duquant.linear import LayerSpec
 from openpi_duquant.linear import QuantLinear
 from openpi_duquant.linear import prepare_
@@ -42,10 +42,11 @@ def load_policy(
         optimize: Whether to prepare it for many calls, see `Policy.optimize_`; otherwise layers keep openpi's names.
 
     Raises:
-        DuQuantError: If a file is missing or damaged, or does not hold what its manifest says; if there is no such
-            device, or the backend cannot run on it.
+        DuQuantError: If a file is missing or damaged, or does not hold what its manifest says; if the backend
+            cannot run, or there is no such device here.
     """
-    folder, device = pathlib.Path(folder), existing_device(device)
+    require_device(torch.device(device))
+    folder = pathlib.Path(folder)
     with SafetensorsReader(folder) as reader:
         layers: dict[str, LayerSpec] = {}
         if (folder / MANIFEST_NAME).exists():

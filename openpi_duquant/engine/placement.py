@@ -1,4 +1,4 @@
-"""Where things are: devices; and host memory, for weights of which a call reads few rows or none, and for copies."""
+"""Host memory: weights that stay there, as a call reads a few rows of them or none, and what is copied from there."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,22 +18,6 @@ def staging(shape: Sequence[int], dtype: torch.dtype, device: torch.device | Non
     longer than copying a few 100 KB.
     """
     return torch.empty(shape, dtype=dtype, pin_memory=device is not None and device.type == "cuda")
-
-
-def existing_device(name: torch.device | str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        DuQuantError: If torch knows none of that name, or there are fewer GPUs here.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DuQuantError(f"unknown device {name!r}: give cpu, cuda or cuda:<index>") from None
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise DuQuantError(f"device {name}: {count} CUDA devices are visible here; see openpi-duquant doctor")
-    return device
 
 
 class HostResident(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openpi_duquant import transforms
+from openpi_duquant.config import DuQuantError
 
 Workload = tuple[tuple[int, int], ...]
 """Numbers of tokens, and how often a layer sees each."""
@@ -86,6 +87,13 @@ class Matmul(Protocol):
             [M, N] dtype.
         """
         ...
+
+
+def require_device(device: torch.device) -> None:
+    """Raises DuQuantError if it is a CUDA device that is not here."""
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise DuQuantError(f"device {device}: {count} CUDA devices are visible here; see openpi-duquant doctor")
 
 
 def architecture(device: torch.device) -> str:

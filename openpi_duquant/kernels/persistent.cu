@@ -368,7 +368,8 @@ __device__ float transform(const Self& self, const bf16* x_row, bool written,
 
 // --- W4A8 -----------------------------------------------------------------------------------------------------------
 
-// Codes of 16 tokens times a segment of the weights of some tiles of columns.
+// Codes of 16 tokens times a segment of the weights of some tiles of columns. Nibbles are moved to the high half of a
+// byte, where they are 16 times what they stand for; the sums are shifted back in the end.
 template <int UNITS, int EACH>
 __device__ void multiply(int (&sums)[UNITS][4], uint4 low, uint4 low8, uint4 high, uint4 high8,
                          const uint4 (&w)[UNITS][EACH], int segment) {
@@ -378,8 +379,7 @@ __device__ void multiply(int (&sums)[UNITS][4], uint4 low, uint4 low8, uint4 hig
 #pragma unroll
         for (int unit = 0; unit < UNITS; unit++) {
             int (&sum)[4] = sums[unit];
-            unsigned b =
-                (&w[unit][segment].x)[i];  // nibbles in the high half of a byte are 16 times what they stand for
+            unsigned b = (&w[unit][segment].x)[i];
             asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                 "{%0, %1, %2, %3};"
                 : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
@@ -412,6 +412,8 @@ struct Share {
     }
 };
 
+// x [tokens, K] through norm, permutation, rotation and rounding, times a matrix [N, K]; `finish` has the sums. What
+// `meanwhile` starts is waited for elsewhere.
 template <int N, int K, int BLOCK, bool NORMED, bool PERMUTED, int DISTANCE, class Finish, class Meanwhile>
 __device__ void matmul(const Self& given_self, const Arguments& given, const Matrix& matrix, int layer, const bf16* x,
                        bool written, const float* norm, const Finish& finish, const Meanwhile& meanwhile, Steps& steps,

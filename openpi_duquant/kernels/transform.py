@@ -1,4 +1,4 @@
-"""What precedes a quantized matmul, in one launch or few: norm or GeGLU -> permutation -> rotation -> int8, scale, row sum.
+"""What precedes a quantized matmul: norm or GeGLU -> permutation -> rotation -> int8, scale, row sum; in few launches.
 
 Defined by `reference.fused_transform`, which also runs it where there is no GPU.
 """

@@ -353,12 +353,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_an_interrupted_run_goes_on(ran: list[str], tmp_path: pathlib.Path) -> None:
+def test_an_interrupted_run_goes_on(ran: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--output", tmp_path, "--device", "cpu", "--rows", "naive", "module", "bf16-eager"
     with pytest.raises(SystemExit, match="interrupted"):
         command(*options)
     assert list(json.loads((tmp_path / "policy.json").read_text())["rows"]) == ["naive", "module"]
+    assert "not measured again" not in capsys.readouterr().out
     command("--output", tmp_path, "--device", "cpu", "--rows", "naive", "bf16-eager")
+    assert "has naive, module: not measured again" in " ".join(capsys.readouterr().out.split())
     assert ran == ["naive", "module", "bf16-eager", "bf16-eager"]
     assert (tmp_path / "policy.png").stat().st_size > 1000
     assert "no openpi" in (tmp_path / "policy.md").read_text()

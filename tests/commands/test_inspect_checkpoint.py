@@ -95,15 +95,7 @@ def test_without_its_source_no_error_is_shown(
 ) -> None:
     shown = inspect(converted("simple"))
     assert sum(line.startswith(f"| {EXPERT}") for line in shown.splitlines()) == 14
-    assert "weight error" not in shown
-
-
-def test_a_checkpoint_that_is_not_calibrated_has_no_output_errors_and_says_so(
-    inspect: Callable[..., str], converted: Callable[[str], pathlib.Path], source: pathlib.Path
-) -> None:
-    shown = inspect(converted("simple"), "--source", source)
-    assert "output error" not in shown
-    assert "errors of outputs are known of calibrated checkpoints only" in shown
+    assert "error" not in shown
 
 
 def test_what_is_damaged_unconverted_or_of_another_source_is_refused(

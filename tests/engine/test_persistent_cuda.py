@@ -29,6 +29,9 @@ from openpi_duquant.kernels import persistent_triton
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 NVCC = shutil.which("nvcc")
+CUDA_13 = (
+    NVCC and "release 13." in subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +182,7 @@ def test_gpus_without_the_room_are_not_asked(hopper: list[object], monkeypatch: 
     assert not hopper
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs CUDA's nvcc")
+@pytest.mark.skipif(not CUDA_13, reason="needs the nvcc of CUDA 13")
 @pytest.mark.parametrize("clusters", [14, 15, 16])
 @pytest.mark.parametrize(("permuted", "adaptive"), [((True, True, False), True), ((False, False, True), False)])
 def test_it_compiles_without_spilling_registers(

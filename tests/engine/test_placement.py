@@ -6,7 +6,6 @@ import torch.nn.functional as F  # noqa: N812
 
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.placement import HostEmbedding
-from openpi_duquant.engine.placement import existing_device
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -26,12 +25,3 @@ def test_the_last_row_is_one() -> None:
 def test_tokens_without_a_row_are_refused(token: int) -> None:
     with pytest.raises(DuQuantError, match=r"token ids go from -?\d+ to \d+: the policy knows 11"):
         HostEmbedding(11, 6)(torch.tensor([[3, token]]))
-
-
-def test_a_device_that_is_not_here_is_refused_in_a_line() -> None:
-    missing = f"cuda:{torch.cuda.device_count()}"
-    with pytest.raises(DuQuantError, match=rf"^device {missing}: \d+ CUDA devices are visible here; see .*doctor$"):
-        existing_device(missing)
-    with pytest.raises(DuQuantError, match=r"^unknown device 'gpu': give cpu, cuda or cuda:<index>$"):
-        existing_device("gpu")
-    assert existing_device("cpu") == torch.device("cpu")
