@@ -8,6 +8,7 @@ import functools
 import pathlib
 import pickle
 
+from denoising_step import step
 import interpreted
 import pytest
 import torch
@@ -21,7 +22,6 @@ from openpi_duquant.accuracy import relative_error
 from openpi_duquant.architecture import Architecture
 from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.engine import Policy
-from openpi_duquant.engine import gemma
 from openpi_duquant.engine import load_policy
 from openpi_duquant.kernels import persistent
 
@@ -46,26 +46,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     monkeypatch.setattr(persistent_triton, "launch", lambda y, *rest, **how: given.append(y) or launch(y, *rest, **how))
     with contextlib.nullcontext() if GPU else interpreted.triton_backend():
         yield given
-
-
-def step(policy: Policy, shape: tuple[int, int], prefix: int, *, state_first: bool, masked: bool) -> Tensor:
-    """What the expert makes of random tokens and a random cache."""
-    random = torch.Generator().manual_seed(0)
-    (batch, tokens), size = shape, policy.architecture.expert
-    x, *cached = (
-        torch.randn(sizes, generator=random).to(DEVICE)
-        for sizes in ((batch, tokens, size.width), *[(size.depth, batch, prefix, size.head_dim)] * 2)
-    )
-    visible = None
-    if masked:
-        visible = torch.ones(batch, prefix, dtype=torch.bool, device=DEVICE)
-        visible[-1, -4:] = False
-    modulations: object = [None] * (2 * size.depth + 1)
-    if policy.architecture.pi05:
-        modulations = torch.randn(2 * size.depth + 1, 3 * size.width, generator=random).to(DEVICE) / 4
-    rotation = gemma.rotary(prefix + torch.arange(tokens, device=DEVICE).expand(batch, -1), size.head_dim, x.dtype)
-    with torch.no_grad():
-        return policy.expert(x, rotation, visible, tuple(cached), modulations, state_first=state_first)
 
 
 @pytest.fixture(scope="module")

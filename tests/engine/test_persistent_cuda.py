@@ -8,9 +8,9 @@ import shutil
 import subprocess
 import types
 
+from denoising_step import step
 import pytest
 import torch
-from torch import Tensor
 
 from openpi_duquant import PRESETS
 from openpi_duquant import convert
@@ -21,7 +21,6 @@ from openpi_duquant.architecture import Architecture
 from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine import Policy
-from openpi_duquant.engine import gemma
 from openpi_duquant.engine import load_policy
 from openpi_duquant.kernels import driver
 from openpi_duquant.kernels import persistent_cuda
@@ -63,23 +62,6 @@ def loaded(converted: Callable[..., pathlib.Path]) -> Callable[..., Policy]:
         return found[key]
 
     return load
-
-
-def step(policy: Policy, shape: tuple[int, int], prefix: int, *, state_first: bool, masked: bool) -> Tensor:
-    """What the expert makes of random tokens and a random cache."""
-    random = torch.Generator().manual_seed(0)
-    (batch, tokens), size = shape, policy.architecture.expert
-    x, *cached = (
-        torch.randn(sizes, generator=random).bfloat16().to("cuda", policy.dtype)
-        for sizes in ((batch, tokens, size.width), *[(size.depth, batch, prefix, size.head_dim)] * 2)
-    )
-    visible = (torch.rand(batch, prefix, generator=random) > 0.2).cuda() if masked else None
-    modulations: object = [None] * (2 * size.depth + 1)
-    if policy.architecture.pi05:
-        modulations = torch.randn(2 * size.depth + 1, 3 * size.width, generator=random).cuda() / 4
-    rotation = gemma.rotary(prefix + torch.arange(tokens, device="cuda").expand(batch, -1), size.head_dim, x.dtype)
-    with torch.no_grad():
-        return policy.expert(x, rotation, visible, tuple(cached), modulations, state_first=state_first)
 
 
 @pytest.mark.gpu
