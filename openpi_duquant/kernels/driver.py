@@ -7,6 +7,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from openpi_duquant.config import DuQuantError
 
@@ -54,6 +55,36 @@ class _Config(ctypes.Structure):
         *((name, ctypes.c_uint) for name in ("x", "y", "z", "threads_x", "threads_y", "threads_z", "shared_memory")),
         ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("number", ctypes.c_uint),
     ]  # fmt: skip
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap: what Hopper's copy engine must know of a matrix."""
+
+    _fields_ = [("opaque", ctypes.c_uint64 * 16)]
+
+
+def tensor_map(matrix: Tensor, rows: int, columns: int) -> TensorMap:
+    """Describes boxes of a matrix, swizzled in pieces of 16 bytes as rows of that many are.
+
+    Args:
+        matrix: [M, K] of bytes, contiguous, K a multiple of 16.
+        rows: Of a box, up to 256; those that the matrix does not have are zeros.
+        columns: Of a box: 32, 64 or 128 bytes.
+
+    Raises:
+        DuQuantError: If the driver refuses it.
+    """
+    size = ctypes.sizeof(TensorMap)
+    room = ctypes.create_string_buffer(size + 64)
+    start = -ctypes.addressof(room) % 64
+    (m, k), pair = matrix.shape, ctypes.c_uint32 * 2
+    what = ctypes.c_void_p(matrix.data_ptr()), (ctypes.c_uint64 * 2)(k, m), (ctypes.c_uint64 * 1)(k)
+    box = pair(columns, rows), pair(1, 1)
+    swizzle, into_l2 = columns.bit_length() - 5, 3  # 32, 64, 128 bytes are 1, 2, 3; 256 bytes at a time into L2
+    encode = _cuda().cuTensorMapEncodeTiled
+    status = encode(ctypes.byref(room, start), 0, 2, *what, *box, 0, swizzle, into_l2, 0)
+    _check(status, f"describing a matrix {m} x {k}")
+    return TensorMap.from_buffer(room, start)
 
 
 class Function(NamedTuple):
@@ -136,7 +167,7 @@ def compile_source(name: str, source: str, architecture: str, constants: Mapping
 
     Args:
         name: Of the source, for messages.
-        source: It includes nothing.
+        source: It includes files of this folder alone.
         architecture: "sm_90".
         constants: Macros.
 
@@ -150,7 +181,8 @@ def compile_source(name: str, source: str, architecture: str, constants: Mapping
         nvrtc = _nvrtc()
     except OSError as error:
         raise DuQuantError(f"torch's libcaffe2_nvrtc.so cannot be loaded: {error}") from None
-    options = [f"-arch={architecture}", "-std=c++17", *(f"-D{name}={value}" for name, value in constants.items())]
+    options = [f"-arch={architecture}", "-std=c++17", f"-I{pathlib.Path(__file__).parent}"]
+    options += [f"-D{name}={value}" for name, value in constants.items()]
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     named = ctypes.byref(program), source.encode(), name.encode(), 0, None, None
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))

@@ -15,10 +15,7 @@
 // WIDTH, MLP, HEADS, HEAD; QKV_BLOCK, UP_BLOCK, DOWN_BLOCK (of Hadamards; 0 for none); QKV_PERMUTED, UP_PERMUTED,
 // DOWN_PERMUTED; ADAPTIVE (norms with a shift and a gate); EPS; SCALE (of scores, in base 2); SHARED_MEMORY (bytes).
 
-using uint8 = unsigned char;
-using bf16 = unsigned short;
-using int64 = long long;
-using uint64 = unsigned long long;
+#include "hopper.cuh"
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int HALF = THREADS / 2;  // threads that have a row
@@ -85,37 +82,8 @@ struct Memory {
 
 // --- small things ---------------------------------------------------------------------------------------------------
 
-__device__ float to_float(bf16 x) { return __uint_as_float(unsigned(x) << 16); }
-__device__ float low_half(unsigned pair) { return __uint_as_float(pair << 16); }
-__device__ float high_half(unsigned pair) { return __uint_as_float(pair & 0xFFFF0000); }
-
-__device__ unsigned to_pair(float low, float high) {
-    unsigned pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-__device__ bf16 to_bf16(float x) { return bf16(to_pair(x, 0.f)); }
-
-__device__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ float quotient(float a, float b) {
-    float y;
-    asm("div.full.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-    return y;
-}
-
 __device__ float lowest() { return __uint_as_float(0xFF800000); }  // minus infinity
 
-__device__ unsigned shared_address(const void* at) { return unsigned(__cvta_generic_to_shared(at)); }
-
-__device__ unsigned in_block(const void* at, int rank) {  // the same place in another block of the cluster
-    unsigned there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(rank));
-    return there;
-}
 __device__ void send(unsigned there, unsigned count, unsigned a) {  // and count the bytes, in the same block
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there), "r"(a),
                  "r"(count)
@@ -132,23 +100,6 @@ __device__ void send(unsigned there, unsigned count, uint4 a) {
         "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(count)
         : "memory");
 }
-__device__ void expect(uint64* count, int bytes) {  // by one thread, once for every wait
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(count)), "r"(bytes)
-                 : "memory");
-}
-__device__ void wait_for_bytes(uint64* count, int waits) {  // after so many waits
-    unsigned there;
-    do
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                     : "=r"(there)
-                     : "r"(shared_address(count)), "r"(waits % 2)
-                     : "memory");
-    while (!there);
-}
-__device__ void wait_for_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // Who asks. Every operation has a copy that the compiler cannot see through: else it keeps all that follows from it in
 // registers, for all layers.
 struct Self {
@@ -576,9 +527,7 @@ struct Gated {  // GeGLU; a pair is a channel of the gate and of up
     struct Operands {};
     __device__ Operands read(int, int) const { return {}; }
     __device__ void write(int m, int column, float gate, float up, Operands) const {
-        float x = to_float(to_bf16(gate));
-        x = quotient(x, 1.f + exp2_of(-2.302208198f * (x + 0.044715f * x * x * x)));  // tanh-approximated GELU
-        ::write(out + m * MLP + column, to_float(to_bf16(x)) * to_float(to_bf16(up)));
+        ::write(out + m * MLP + column, low_half(geglu(to_pair(gate, 0.f), to_pair(up, 0.f))));
     }
 };
 

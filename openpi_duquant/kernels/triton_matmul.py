@@ -10,6 +10,7 @@ from torch import Tensor
 from openpi_duquant import packing
 from openpi_duquant import transforms
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.kernels import matmul_cuda
 from openpi_duquant.kernels import self_test
 from openpi_duquant.kernels import tiles
 from openpi_duquant.kernels.backend import Backend
@@ -126,12 +127,15 @@ def _tile(device: torch.device, m: int, n: int, k: int, bits: int) -> tiles.Tile
 def _on_gpu(a: Tensor, act_scale: Tensor, weight: Tensor, *operands: object) -> Tensor:
     from openpi_duquant.kernels import matmul_triton  # noqa: PLC0415  triton is there where CUDA is
 
-    *rest, geglu, _ = operands
+    weight_scale, bias, matrices, hadamard, cos, _, residual, gate, geglu, _ = operands
     (m, k), n = a.shape, weight.shape[0]
-    tile = _tile(a.device, m, n, k, 8 if weight.dtype == torch.int8 else 4)
     out = _fake(a, act_scale, weight, *operands)
     with torch.cuda.device_of(a):
-        matmul_triton.launch(out, a, act_scale, weight, *rest, tile, geglu=geglu)
+        if matmul_cuda.takes(out, a, weight, bias, matrices, hadamard, cos, residual, gate, geglu=geglu):
+            matmul_cuda.launch(out, a, act_scale, weight, weight_scale, residual, geglu=geglu)
+        else:
+            tile = _tile(a.device, m, n, k, 8 if weight.dtype == torch.int8 else 4)
+            matmul_triton.launch(out, a, act_scale, weight, *operands[:-2], tile, geglu=geglu)
     return out
 
 
