@@ -165,15 +165,21 @@ def _norm_stats() -> dict[str, dict[str, list[float]]]:
 
 
 def libero_like_observation(
-    architecture: Architecture, *, seed: int = 0, action_horizon: int = 10, prompt_tokens: int = 24
+    architecture: Architecture,
+    *,
+    seed: int = 0,
+    action_horizon: int = 10,
+    prompt_tokens: int = 24,
+    cameras: int = 2,
 ) -> tuple[Observation, Tensor]:
-    """One observation as openpi's LIBERO policies see it, and the noise to start from; the third camera is masked.
+    """One observation as openpi's LIBERO policies see it, and the noise to start from.
 
     Args:
         architecture: Sizes.
         seed: Of the random images, tokens and noise.
         action_horizon: Actions to denoise.
         prompt_tokens: Length of the prompt, padded to 200.
+        cameras: That are live; the others of the three are masked.
 
     Returns:
         The observation (batch of one, uint8 images) and noise [1, action_horizon, action_dim].
@@ -185,7 +191,7 @@ def libero_like_observation(
     tokens[:, :prompt_tokens] = torch.randint(architecture.vocab_size, (1, prompt_tokens), generator=generator)
     observation = Observation(
         images={camera: image[None].permute(0, 2, 3, 1).contiguous().byte() for camera, image in zip(CAMERAS, images)},
-        image_masks={camera: torch.tensor([index < 2]) for index, camera in enumerate(CAMERAS)},
+        image_masks={camera: torch.tensor([index < cameras]) for index, camera in enumerate(CAMERAS)},
         tokenized_prompt=tokens,
         tokenized_prompt_mask=torch.arange(200)[None] < prompt_tokens,
         state=torch.rand(1, architecture.action_dim, generator=generator) * 2 - 1,

@@ -32,6 +32,8 @@ def bench_policy(
     checkpoint: pathlib.Path | None = None,
     device: str = "auto",
     num_steps: int = 10,
+    cameras: Literal[1, 2, 3] = 2,
+    prompt_tokens: int = 24,
     seed: int = 0,
     calls: int = 100,
     seconds_per_row: float = 20.0,
@@ -51,6 +53,8 @@ def bench_policy(
         checkpoint: A checkpoint of openpi, not converted.
         device: cpu, cuda, cuda:<index>, or auto.
         num_steps: Denoising steps.
+        cameras: Live cameras, of three.
+        prompt_tokens: Length of the prompt, up to 200.
         seed: Of weights, observation and noise.
         calls: Calls to time.
         seconds_per_row: Time fewer calls where they take longer than this, at least three; once with preprocessing,
@@ -59,11 +63,14 @@ def bench_policy(
     """
     refuse_variables("bench-policy")
     require_known("rows", rows, ROWS)
+    if not 1 <= prompt_tokens <= 200:
+        raise DuQuantError(f"prompt_tokens: {prompt_tokens} is not between 1 and 200")
     output.mkdir(parents=True, exist_ok=True)
     where = resolve_device(device)
     folder = None if checkpoint is None else str(checkpoint.resolve())
     scratch = output.resolve() / f"converted-{checkpoint.name if checkpoint else size}-{seed}-{where.type}"
-    setting = Setting("given" if folder else size, folder, seed, num_steps, str(where), str(scratch))
+    asked = num_steps, cameras, prompt_tokens
+    setting = Setting("given" if folder else size, folder, seed, *asked, str(where), str(scratch))
     limits = {"calls": calls, "seconds_per_row": seconds_per_row}
     path = output / "policy.json"
     results = _resume(path, dataclasses.asdict(setting) | {"scratch": None} | limits)

@@ -179,8 +179,9 @@ def _split(results: Results) -> str:
 def _notes(results: Results) -> str:
     setting = results["setting"]
     weights = setting["checkpoint"] or f"random weights ({setting['size']}), so differences are no accuracy figure"
+    asked = f"{setting['cameras']} live cameras of three, {setting['prompt_tokens']} prompt tokens"
     notes = [
-        f"Batch 1, two live cameras of three, 24 prompt tokens, {setting['num_steps']} steps; bf16; {weights}.",
+        f"Batch 1, {asked}, {setting['num_steps']} steps; bf16; {weights}.",
         "A call goes from camera images on the host to actions on the host; model only: no preprocessing, no copies.",
         "Rows from naive to compiled simulate the action expert's W4A8 in this project's eager bf16 engine.",
         "Real W4A8 is of the language model and the expert (preset default) where nothing else is said.",

@@ -56,6 +56,8 @@ class Setting:
         checkpoint: Folder of a checkpoint of openpi, in place of random weights.
         seed: Of weights, observation and noise.
         num_steps: Denoising steps.
+        cameras: Live ones, of three.
+        prompt_tokens: Length of the prompt.
         device: Where policies run.
         scratch: Folder for the conversion that rows share.
     """
@@ -64,6 +66,8 @@ class Setting:
     checkpoint: str | None
     seed: int
     num_steps: int
+    cameras: int
+    prompt_tokens: int
     device: str
     scratch: str
 
@@ -83,7 +87,8 @@ class Setting:
     @property
     def observation(self) -> tuple[Observation, Tensor]:
         """What every row is asked, and the noise; on the host."""
-        return synthetic.libero_like_observation(self.architecture, seed=self.seed)
+        asked = {"cameras": self.cameras, "prompt_tokens": self.prompt_tokens}
+        return synthetic.libero_like_observation(self.architecture, seed=self.seed, **asked)
 
 
 class Calls(NamedTuple):

@@ -44,7 +44,7 @@ def shape_for(rows: int, keys: int, *, exact: bool, shared_memory: int, processo
     if rows <= 512:
         return Shape(16, step, 1 + min(triton.cdiv(keys, 64), 16), 4)
     at_a_time = processors * (shared_memory // (97 * 1024))  # of programs with 64 rows and 32 keys, twice, in 16 bits
-    splits = min(at_a_time // (triton.cdiv(rows, 64) * batch), 4)
+    splits = min(at_a_time // (triton.cdiv(rows, 64) * batch), triton.cdiv(keys, 64), 4)
     if splits > 1 and not exact:
         return Shape(64, 32, splits, 4)
     return Shape(16 if exact else 64, step, 1, 4)

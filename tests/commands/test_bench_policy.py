@@ -147,7 +147,7 @@ def test_naive_multiplies_block_by_block_on_copies(style: Style, matmuls: int, b
 @pytest.fixture
 def setting(source: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Setting]:
     """The tiny checkpoint, two steps, on the CPU."""
-    made = Setting("given", str(source), 0, 2, "cpu", str(tmp_path / "converted"))
+    made = Setting("given", str(source), 0, 2, 2, 24, "cpu", str(tmp_path / "converted"))
     with made.weights:
         yield made
 
@@ -263,6 +263,7 @@ def results() -> dict[str, Any]:
     rows["module"] = {"failed": "needs OPENPI_SRC", "commit": None}
     stamp = {"date": "now", "commit": "abc", "gpu": "pretended", "machine": "x", "versions": {"torch": "2"}}
     setting = {"size": "full", "checkpoint": None, "seed": 0, "num_steps": 10, "device": "cuda", "scratch": None}
+    setting |= {"cameras": 3, "prompt_tokens": 200}
     return {"stamp": stamp, "setting": setting, "rows": rows}
 
 
@@ -383,6 +384,8 @@ def test_a_row_that_failed_is_tried_again_when_it_is_named(ran: list[str], tmp_p
     ("option", "said"),
     [
         (("--num-steps", 5), "num_steps 10, here is 5"),
+        (("--cameras", 3), "cameras 2, here is 3"),
+        (("--prompt-tokens", 200), "prompt_tokens 24, here is 200"),
         (("--calls", 7), "calls 100, here is 7"),
         (("--seconds-per-row", 60), "seconds_per_row 20.0, here is 60.0"),
     ],
@@ -394,6 +397,25 @@ def test_other_settings_are_not_mixed(
     with pytest.raises(SystemExit, match=f"was measured with {said}"):
         command("--output", tmp_path, "--device", "cpu", "--rows", "simple", *option)
     assert ran == ["naive"]
+
+
+@pytest.mark.parametrize("tokens", [0, 201])
+def test_prompts_are_as_long_as_they_can_be(tokens: int, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(SystemExit, match=f"prompt_tokens: {tokens} is not between 1 and 200"):
+        command("--output", tmp_path, "--prompt-tokens", tokens)
+
+
+def test_the_page_says_what_a_call_was_asked(results: dict[str, Any]) -> None:
+    assert "3 live cameras of three, 200 prompt tokens, 10 steps" in policy_report.markdown(results)
+
+
+@pytest.mark.parametrize(("cameras", "tokens"), [(1, 24), (3, 200)])
+def test_every_row_is_asked_that(setting: Setting, cameras: int, tokens: int) -> None:
+    asked = dataclasses.replace(setting, cameras=cameras, prompt_tokens=tokens)
+    with asked.weights:
+        observation, _ = asked.observation
+    assert sum(int(mask) for mask in observation.image_masks.values()) == cameras
+    assert observation.tokenized_prompt_mask.sum() == tokens
 
 
 def test_the_page_says_which_rows_are_of_another_commit(results: dict[str, Any]) -> None:
