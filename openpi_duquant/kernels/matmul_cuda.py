@@ -76,7 +76,8 @@ def shape_for(m: int, n: int, stored: int, bits: int, processors: int) -> Shape:
         tiles = math.ceil(m / shape.tokens) * math.ceil(n / shape.rows)
         wgmmas = math.ceil(steps / shape.parts) * 4 * (8 // bits) * shape.rows // 64
         one = wgmmas * (shape.tokens + 24) / 2 + 26 * shape.tokens * shape.rows / 128 / shape.parts
-        rounds = math.ceil(tiles * shape.parts / processors)
+        at_a_time = processors if shape.parts <= 2 else processors * 10 // 11  # clusters of more do not fit everywhere
+        rounds = math.ceil(tiles * shape.parts / at_a_time)
         return rounds * (one + 1000) + 3000 if shape.parts == 1 else rounds * (one + 8500)
 
     alone = [Shape(tokens, rows, 1) for tokens in range(64, 145, 16) for rows in (128, 256)]
@@ -105,7 +106,7 @@ def takes(
         and not hadamard
         and out.dtype == torch.bfloat16
         and (residual is None or residual.dtype == torch.bfloat16)
-        and n % 4 == stored % 16 == 0
+        and n % 4 == stored % 16 == weight.data_ptr() % 16 == a.data_ptr() % 16 == 0
         and architecture(a.device) == "sm_90"
         and _kernel(a.device, _shape(a, weight), _macros(a, weight, residual, geglu=geglu)) is not None
     )

@@ -163,10 +163,13 @@ def _matmul(
     elif HEAD > 0:
         cos, sin = read_angles(cos_ptr, sin_ptr, m, M, start_n, N, BN, HEAD)
         y, second = turned(y, cos, sin, BM, BN)
-        n = first_of_pairs(start_n, BN, HEAD)
+        if RESIDUAL:
+            y = tl.reshape(tl.join(y, second), (BM, BN))
+        else:
+            n = first_of_pairs(start_n, BN, HEAD)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     inside = known_m[:, None] & (n < N)[None, :]
-    if HEAD > 0 and not GEGLU:
+    if HEAD > 0 and not (GEGLU or RESIDUAL):
         tl.store(out_ptr + at + HEAD // 2, second.to(out_ptr.dtype.element_ty), mask=inside)
     if RESIDUAL:
         if GATE:
