@@ -63,12 +63,12 @@ class TensorMap(ctypes.Structure):
     _fields_ = [("opaque", ctypes.c_uint64 * 16)]
 
 
-def tensor_map(matrix: Tensor, rows: int, columns: int) -> TensorMap:
-    """Describes boxes of a matrix, swizzled in pieces of 16 bytes as rows of that many are.
+def tensor_map(matrices: Tensor, rows: int, columns: int) -> TensorMap:
+    """Describes boxes of all matrices, swizzled in pieces of 16 bytes as rows of that many are.
 
     Args:
-        matrix: [M, K] of bytes, contiguous, K a multiple of 16.
-        rows: Of a box, up to 256; those that the matrix does not have are zeros.
+        matrices: [P, M, K] of bytes, whose strides are multiples of 16 but the last.
+        rows: Of a box, up to 256; those that a matrix does not have are zeros.
         columns: Of a box: 32, 64 or 128 bytes.
 
     Raises:
@@ -77,13 +77,14 @@ def tensor_map(matrix: Tensor, rows: int, columns: int) -> TensorMap:
     size = ctypes.sizeof(TensorMap)
     room = ctypes.create_string_buffer(size + 64)
     start = -ctypes.addressof(room) % 64
-    (m, k), pair = matrix.shape, ctypes.c_uint32 * 2
-    what = ctypes.c_void_p(matrix.data_ptr()), (ctypes.c_uint64 * 2)(k, m), (ctypes.c_uint64 * 1)(k)
-    box = pair(columns, rows), pair(1, 1)
+    (number, m, k), three = matrices.shape, ctypes.c_uint32 * 3
+    strides = (ctypes.c_uint64 * 2)(matrices.stride(1), matrices.stride(0))
+    what = ctypes.c_void_p(matrices.data_ptr()), (ctypes.c_uint64 * 3)(k, m, number), strides
+    box = three(columns, rows, number), three(1, 1, 1)
     swizzle, into_l2 = columns.bit_length() - 5, 3  # 32, 64, 128 bytes are 1, 2, 3; 256 bytes at a time into L2
     encode = _cuda().cuTensorMapEncodeTiled
-    status = encode(ctypes.byref(room, start), 0, 2, *what, *box, 0, swizzle, into_l2, 0)
-    _check(status, f"describing a matrix {m} x {k}")
+    status = encode(ctypes.byref(room, start), 0, 3, *what, *box, 0, swizzle, into_l2, 0)
+    _check(status, f"describing {number} matrices {m} x {k}")
     return TensorMap.from_buffer(room, start)
 
 

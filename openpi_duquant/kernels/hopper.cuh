@@ -48,6 +48,9 @@ __device__ unsigned in_block(const void* at, int rank) {  // the same place in a
     return there;
 }
 
+__device__ void initialize(uint64* count, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(count)), "r"(arrivals) : "memory");
+}
 __device__ void expect(uint64* count, int bytes) {  // by one thread, once for every wait
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(count)), "r"(bytes)
                  : "memory");

@@ -2,11 +2,12 @@
 //
 // A block makes TOKENS x ROWS sums, tile after tile; a step takes CHANNELS bytes of every row of both operands. The copy
 // engine (TMA) fills stages of shared memory, ahead into the next tile; two warpgroups multiply what is in them, each
-// half of the weight's rows, which it unpacks into registers, by all tokens. Then sums go through shared memory, CHUNK
-// tokens at a time, to warps that finish a token each.
-// Where tiles are few, the PARTS blocks of a cluster have a part of the channels each, and finish every PARTS-th token.
+// half of the weight's rows, which it unpacks into registers, by all tokens, and finishes what it has.
+// Where tiles are few, the PARTS blocks of a cluster have a part of the channels each; sums go through shared memory, and
+// a block finishes every PARTS-th eight tokens.
 //
-// With GeGLU a tile's halves are gate and up of the same channels, so that one thread has both.
+// With GeGLU a tile's halves are gate and up of the same channels, and a warp takes eight rows of both, so that one thread
+// has both.
 //
 // Defined by matmul_cuda.py: `multiply`, the wgmma of that many TOKENS; TOKENS, ROWS, STAGES, PARTS; BITS of a weight;
 // GEGLU, RESIDUAL: whether there is one.
@@ -17,13 +18,12 @@ constexpr int WARPS = 8;
 constexpr int CHANNELS = 128;
 constexpr int SLICES = CHANNELS / 32;  // that one wgmma takes
 constexpr int HALF = ROWS / 2;
-constexpr int HEIGHT = HALF / 64;                  // wgmmas for the rows of a warpgroup
-constexpr int NIBBLES = 8 / BITS;                  // channels in a byte: k, and k + K / 2
-constexpr int CHUNK = PARTS == 1 ? WARPS : TOKENS;
-constexpr int EVERY = PARTS * WARPS;               // a warp finishes every so many tokens
-constexpr int MOST = (CHUNK + EVERY - 1) / EVERY;  // of a chunk
-constexpr int WIDTH = ROWS + 4;                    // of a row of sums; the rest against bank conflicts
-static_assert(TOKENS % 16 == 0 && TOKENS <= 32 * EVERY && CHUNK * WIDTH * 4 <= STAGES * CHANNELS * (ROWS + TOKENS));
+constexpr int HEIGHT = HALF / 64;    // wgmmas for the rows of a warpgroup
+constexpr int NIBBLES = 8 / BITS;    // channels in a byte: k, and k + K / 2
+constexpr int GROUPS = TOKENS / 8;
+constexpr int MOST = (GROUPS + PARTS - 1) / PARTS;  // that a block finishes
+static_assert(TOKENS % 16 == 0 && (!GEGLU || HEIGHT == 2));
+static_assert(PARTS == 1 || TOKENS * ROWS * 4 <= STAGES * CHANNELS * (ROWS + NIBBLES * TOKENS));
 
 struct alignas(64) TensorMap {  // CUtensorMap
     uint64 opaque[16];
@@ -44,28 +44,18 @@ struct Stage {
 
 struct Memory {
     Stage stages[STAGES];
-    int sums[PARTS == 1 ? 2 * CHUNK * WIDTH : 1];  // of even and odd chunks; of all tokens, they lie where stages lay
     uint64 filled[STAGES], emptied[STAGES];
 };
 
 __device__ void load_box(void* to, const TensorMap& map, int column, int row, uint64* count) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            shared_address(to)),
-        "l"(&map), "r"(column), "r"(row), "r"(shared_address(count))
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+            "r"(shared_address(to)),
+        "l"(&map), "r"(column), "r"(row), "r"(0), "r"(shared_address(count))
         : "memory");
-}
-__device__ void initialize(uint64* count, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(count)), "r"(arrivals) : "memory");
 }
 __device__ void arrive(uint64* count) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(count)) : "memory");
-}
-__device__ void wait_for_parts() {
-    if constexpr (PARTS > 1)
-        wait_for_cluster();
-    else
-        __syncthreads();
 }
 
 // Rows of 128 bytes lie with their pieces of 16 in another order, so that neither reads nor writes meet in a bank: the
@@ -73,21 +63,21 @@ __device__ void wait_for_parts() {
 __device__ uint64 described(const void* at) {  // for wgmma
     return uint64(1) << 62 | uint64(8 * CHANNELS / 16) << 32 | uint64(1) << 16 | (shared_address(at) & 0x3FFFF) / 16;
 }
-__device__ void read_slice(unsigned (&w)[4], const uint8 (*rows)[CHANNELS], int lane, int slice) {  // of 16 rows
-    int row = lane % 16, piece = (2 * slice + lane / 16) ^ (row % 8);
+__device__ void read_slice(unsigned (&w)[4], const Stage& stage, int sixteen, int lane, int slice) {  // of 16 rows
+    int row = GEGLU ? sixteen * 8 + lane % 8 + lane / 8 % 2 * HALF : sixteen * 16 + lane % 16;
+    int piece = (2 * slice + lane / 16) ^ (row % 8);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                 : "r"(shared_address(&rows[row][16 * piece]))
+                 : "r"(shared_address(&stage.weight[row][16 * piece]))
                  : "memory");
 }
 
 // A tile, and the part of its channels that a block has.
 struct Place {
-    int first_token, first_row, partner;  // partner: how far the other half's rows are
+    int first_token, first_row;
     int first_step, steps, part, tiles;
 
     __device__ explicit Place(const Arguments& given) : part(blockIdx.x % PARTS) {
-        partner = GEGLU ? given.rows / 2 : HALF;
         tiles = (given.tokens + TOKENS - 1) / TOKENS * ((given.rows + ROWS - 1) / ROWS);
         int all = (given.bytes + CHANNELS - 1) / CHANNELS;
         first_step = all * part / PARTS;
@@ -116,10 +106,8 @@ struct Filling {
         if (turn >= STAGES) wait_for_bytes(&memory.emptied[slot], turn / STAGES - 1);
         place.go_to(given, tile);
         expect(count, sizeof(Stage));
-        load_box(stage.weight[0], weight, column, place.first_row, count);
-        load_box(stage.weight[HALF], weight, column, place.first_row + place.partner, count);
-        for (int i = 0; i < NIBBLES; i++)
-            load_box(stage.codes[i], codes, column + i * given.bytes, place.first_token, count);
+        load_box(stage.weight, weight, column, place.first_row, count);
+        load_box(stage.codes, codes, column, place.first_token, count);
         turn++;
         if (++step == place.steps) step = 0, tile += gridDim.x / PARTS;
     }
@@ -133,7 +121,7 @@ __device__ void multiply_step(int (&sums)[HEIGHT][TOKENS / 2], const Stage& stag
 #pragma unroll
         for (int i = 0; i < SLICES; i++) {
             unsigned packed[4];
-            read_slice(packed, stage.weight + warp / 4 * HALF + h * 64 + warp % 4 * 16, lane, i);
+            read_slice(packed, stage, warp * HEIGHT + h, lane, i);
 #pragma unroll
             for (int j = 0; j < 4; j++)
                 if constexpr (BITS == 4)
@@ -151,59 +139,97 @@ __device__ void multiply_step(int (&sums)[HEIGHT][TOKENS / 2], const Stage& stag
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-__device__ int2 sums_of(const int* at) {  // of two channels, over the parts
-    if constexpr (PARTS == 1) return *reinterpret_cast<const int2*>(at);
-    int2 sums = {0, 0};
+// Numbers of eight tokens and eight channels, two in a row a lane: of a channel, in the order of wgmma's sums, or of a
+// token.
+__device__ unsigned transposed(unsigned pair) {
+    unsigned other;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(pair));
+    return other;
+}
+// From two channels of each of two such matrices to four of one, so that a token's sixteen lie in a row; and back.
+__device__ uint2 exchanged(uint2 pairs) {
+    bool odd = threadIdx.x % 2;
+    unsigned got = __shfl_xor_sync(~0u, odd ? pairs.x : pairs.y, 1);
+    return odd ? uint2{got, pairs.y} : uint2{pairs.x, got};
+}
+
+// What a warp finishes of a tile: sixteen of the weight's rows at a time, or with GeGLU eight of gate and of up, by
+// eight tokens.
+struct Finishing {
+    const Arguments& given;
+    int first_token, end, channel, width;  // channel: the first of four that a lane writes
+    float weight_scale[HEIGHT][2];
+    float2 act_scales[(MOST * 4 + 31) / 32];  // of two tokens; lanes share them
+
+    __device__ Finishing(const Arguments& given, const Place& place, int warp, int lane) : given(given) {
+        constexpr int ROW = GEGLU ? 8 : 16;
+        int first = place.first_row + warp * HEIGHT * ROW;
+        first_token = place.first_token, end = given.tokens, width = GEGLU ? given.rows / 2 : given.rows;
+        channel = first + lane % 2 * 8 + lane % 4 / 2 * 4;
+#pragma unroll
+        for (int h = 0; h < HEIGHT; h++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int row = first + h * ROW + lane / 4 + (GEGLU ? 0 : half * 8);
+                float scale = row < width ? given.weight_scale[row + (GEGLU ? half * width : 0)] : 0.f;
+                weight_scale[h][half] = BITS == 4 ? scale / 16 : scale;
+            }
+#pragma unroll
+        for (int i = 0; i < sizeof(act_scales) / sizeof(float2); i++) {
+            int pair = i * 32 + lane, token = first_token + 8 * (pair / 4 * PARTS + place.part) + 2 * (pair % 4);
+            act_scales[i].x = token < end ? given.act_scale[token] : 0.f;
+            act_scales[i].y = token + 1 < end ? given.act_scale[token + 1] : 0.f;
+        }
+    }
+    __device__ float2 act_scale(int i) const {  // of this block's i-th eight tokens
+        float2 held = act_scales[i / 8];
+        int lane = i % 8 * 4 + threadIdx.x % 4;
+        return {__shfl_sync(~0u, held.x, lane), __shfl_sync(~0u, held.y, lane)};
+    }
+    __device__ uint2 read(int group, int h) const {  // the residual stream
+        int token = first_token + 8 * group + threadIdx.x % 32 / 4, at = channel + 16 * h;
+        if (token >= end || at >= width) return {0, 0};
+        return *reinterpret_cast<const uint2*>(given.residual + int64(token) * width + at);
+    }
+    __device__ void write(int group, int h, uint2 pairs) const {
+        int token = first_token + 8 * group + threadIdx.x % 32 / 4, at = channel + 16 * h;
+        pairs = exchanged({transposed(pairs.x), transposed(pairs.y)});
+        if (token < end && at < width) *reinterpret_cast<uint2*>(given.out + int64(token) * width + at) = pairs;
+    }
+    __device__ void operator()(int i, int group, const int4 (&sums)[HEIGHT], const uint2 (&residual)[HEIGHT]) const {
+        float2 act = act_scale(i);
+        unsigned y[HEIGHT][2];
+#pragma unroll
+        for (int h = 0; h < HEIGHT; h++) {
+            uint2 more = {0, 0};
+            if constexpr (RESIDUAL) more = exchanged(residual[h]), more = {transposed(more.x), transposed(more.y)};
+            y[h][0] = scaled({sums[h].x, sums[h].y}, weight_scale[h][0], act, more.x);
+            y[h][1] = scaled({sums[h].z, sums[h].w}, weight_scale[h][1], act, more.y);
+        }
+        if constexpr (GEGLU)
+            write(group, 0, {geglu(y[0][0], y[0][1]), geglu(y[HEIGHT - 1][0], y[HEIGHT - 1][1])});
+        else
+#pragma unroll
+            for (int h = 0; h < HEIGHT; h++) write(group, h, {y[h][0], y[h][1]});
+    }
+    __device__ static unsigned scaled(int2 sums, float weight_scale, float2 act_scale, unsigned more) {
+        float x = float(sums.x) * weight_scale * act_scale.x, y = float(sums.y) * weight_scale * act_scale.y;
+        return RESIDUAL ? to_pair(x + low_half(more), y + high_half(more)) : to_pair(x, y);
+    }
+};
+
+__device__ int4 sums_of(const int4* at) {  // of all parts, which lie at the same place in their blocks
+    int4 sums = {0, 0, 0, 0};
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
-        int x, y;
-        asm volatile("ld.shared::cluster.v2.s32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(in_block(at, part)));
-        sums.x += x, sums.y += y;
+        int4 x;
+        asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "r"(in_block(at, part)));
+        sums.x += x.x, sums.y += x.y, sums.z += x.z, sums.w += x.w;
     }
     return sums;
 }
-__device__ unsigned& pair_at(const bf16* at) { return *reinterpret_cast<unsigned*>(const_cast<bf16*>(at)); }
-
-// Two channels next to each other of each half of a tile, which a lane finishes for token after token.
-struct Finishing {
-    const Arguments& given;
-    int channel[2];
-    bool known[2];
-    float2 scale[2];
-
-    __device__ Finishing(const Arguments& given, int first, int partner) : given(given) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            channel[half] = first + half * partner;
-            known[half] = channel[half] < (GEGLU && half == 0 ? partner : given.rows);
-            if (!known[half]) continue;
-            scale[half] = *reinterpret_cast<const float2*>(given.weight_scale + channel[half]);
-            if constexpr (BITS == 4) scale[half].x /= 16, scale[half].y /= 16;
-        }
-    }
-    __device__ uint2 read(int64 token) const {  // the residual stream
-        uint2 pairs = {0, 0};
-        if (RESIDUAL && known[0]) pairs.x = pair_at(given.residual + token * given.rows + channel[0]);
-        if (RESIDUAL && known[1]) pairs.y = pair_at(given.residual + token * given.rows + channel[1]);
-        return pairs;
-    }
-    __device__ void write(int64 token, float act_scale, const int* sums, uint2 residual) const {
-        unsigned pairs[2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int2 sum = sums_of(sums + half * HALF);
-            unsigned more = half == 0 ? residual.x : residual.y;
-            float x = float(sum.x) * scale[half].x * act_scale, y = float(sum.y) * scale[half].y * act_scale;
-            pairs[half] = RESIDUAL ? to_pair(x + low_half(more), y + high_half(more)) : to_pair(x, y);
-        }
-        if constexpr (GEGLU) {
-            if (known[0]) pair_at(given.out + token * (given.rows / 2) + channel[0]) = geglu(pairs[0], pairs[1]);
-            return;
-        }
-        if (known[0]) pair_at(given.out + token * given.rows + channel[0]) = pairs[0];
-        if (known[1]) pair_at(given.out + token * given.rows + channel[1]) = pairs[1];
-    }
-};
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) __cluster_dims__(PARTS, 1, 1)
     matmul(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap codes, const Arguments given) {
@@ -217,13 +243,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) __cluster_dims__(PAR
         for (int i = 0; i < STAGES; i++) fill();
     }
     __syncthreads();
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = PARTS * warp + place.part, turn = 0, chunk = 0;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, turn = 0;
     for (int tile = blockIdx.x / PARTS; tile < place.tiles; tile += gridDim.x / PARTS) {
         place.go_to(given, tile);
-        int end = min(TOKENS, given.tokens - place.first_token), of_lane = own + EVERY * lane;  // the token it reads
-        float scales = of_lane < end ? given.act_scale[place.first_token + of_lane] : 0.f;
-        const Finishing finishing[2] = {Finishing(given, place.first_row + 2 * lane, place.partner),
-                                        Finishing(given, place.first_row + 64 + 2 * lane, place.partner)};
+        const Finishing finish(given, place, warp, lane);
         int sums[HEIGHT][TOKENS / 2] = {};
         for (int step = 0; step < place.steps; step++, turn++) {
             wait_for_bytes(&memory.filled[turn % STAGES], turn / STAGES);
@@ -232,34 +255,35 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) __cluster_dims__(PAR
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             if (lane == 0) arrive(&memory.emptied[turn % STAGES]);
         }
-        if constexpr (PARTS > 1) __syncthreads();  // sums lie where stages lay
-        int row = warp / 4 * HALF + warp % 4 * 16 + lane / 4, column = lane % 4 * 2;
+        uint2 residual[MOST][HEIGHT];
 #pragma unroll
-        for (int first = 0; first < TOKENS; first += CHUNK, chunk++) {
-            int* of_chunk = PARTS == 1 ? memory.sums + chunk % 2 * CHUNK * WIDTH : reinterpret_cast<int*>(&memory);
-            int64 token = place.first_token + first + own;
-            uint2 residual[MOST][HEIGHT];
+        for (int i = 0; i < (RESIDUAL ? MOST * HEIGHT : 0); i++)
+            residual[i / HEIGHT][i % HEIGHT] = finish.read(i / HEIGHT * PARTS + place.part, i % HEIGHT);
+        int4* exchange = reinterpret_cast<int4*>(&memory) + threadIdx.x;  // sums lie where stages lay
+        if constexpr (PARTS > 1) {
+            __syncthreads();
 #pragma unroll
-            for (int i = 0; i < MOST * HEIGHT; i++)
-                if (first + own + i / HEIGHT * EVERY < end)
-                    residual[i / HEIGHT][i % HEIGHT] = finishing[i % HEIGHT].read(token + i / HEIGHT * EVERY);
-#pragma unroll
-            for (int h = 0; h < HEIGHT; h++)
-#pragma unroll
-                for (int i = 0; i < CHUNK / 2; i++)
-                    of_chunk[(i / 4 * 8 + column + i % 2) * WIDTH + h * 64 + row + i / 2 % 2 * 8] =
-                        sums[h][first / 2 + i];
-            wait_for_parts();
-#pragma unroll
-            for (int i = 0; i < MOST; i++) {
-                if (first + own + i * EVERY >= end) break;
-                float act_scale = __shfl_sync(~0u, scales, first / EVERY + i);
-#pragma unroll
-                for (int h = 0; h < HEIGHT; h++)
-                    finishing[h].write(token + i * EVERY, act_scale,
-                                       of_chunk + (own + i * EVERY) * WIDTH + h * 64 + 2 * lane, residual[i][h]);
+            for (int i = 0; i < HEIGHT * GROUPS; i++) {
+                const int* four = &sums[i % HEIGHT][i / HEIGHT * 4];
+                exchange[i * 32 * WARPS] = {four[0], four[1], four[2], four[3]};
             }
+            wait_for_cluster();
+        }
+#pragma unroll
+        for (int i = 0; i < MOST; i++) {
+            int group = i * PARTS + place.part;
+            if (PARTS > 1 && group >= GROUPS) break;
+            int4 all[HEIGHT];
+#pragma unroll
+            for (int h = 0; h < HEIGHT; h++) {
+                const int* four = &sums[h][i * 4];
+                if constexpr (PARTS > 1)
+                    all[h] = sums_of(exchange + (group * HEIGHT + h) * 32 * WARPS);
+                else
+                    all[h] = {four[0], four[1], four[2], four[3]};
+            }
+            finish(i, group, all, residual[i]);
         }
     }
-    if constexpr (PARTS > 1) wait_for_parts();  // nobody leaves while another reads its sums
+    if constexpr (PARTS > 1) wait_for_cluster();  // nobody leaves while another reads its sums
 }

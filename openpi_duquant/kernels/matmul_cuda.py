@@ -24,7 +24,7 @@ _SMALLEST = 2**33  # multiplications; below, a block has too little to do to be 
 _SHARED_MEMORY = 227 * 1024 - 256  # but for what counts the stages
 _MOST_PARTS = 8  # blocks of a cluster
 _LARGEST_DIFFERENCE = 2e-3  # of the result: bf16 is rounded to 2e-3 of a number, but few of them the other way
-_CHANNELS, _WARPS, _PAD = 128, 8, 4  # as in matmul.cu
+_CHANNELS, _WARPS = 128, 8  # as in matmul.cu
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class _Macros(NamedTuple):
     residual: bool
 
 
-def shape_for(m: int, n: int, stored: int, bits: int, processors: int) -> Shape:
+def shape_for(m: int, n: int, stored: int, bits: int, processors: int, *, geglu: bool) -> Shape:
     """The shape that takes the fewest cycles. A wgmma takes one for two tokens. As measured on an H200, operands that
     come too late cost as much as 24 more tokens; what follows takes 26 for a token and 128 rows; a block 4,000 to
     begin, another tile 1,000, and a cluster 4,500 to meet.
@@ -69,6 +69,7 @@ def shape_for(m: int, n: int, stored: int, bits: int, processors: int) -> Shape:
         stored: Bytes of such a row.
         bits: 4 or 8, of a weight.
         processors: SMs.
+        geglu: Whether that follows; a tile then has 256 rows.
     """
     steps = math.ceil(stored / _CHANNELS)
 
@@ -80,9 +81,8 @@ def shape_for(m: int, n: int, stored: int, bits: int, processors: int) -> Shape:
         rounds = math.ceil(tiles * shape.parts / at_a_time)
         return rounds * (one + 1000) + 3000 if shape.parts == 1 else rounds * (one + 8500)
 
-    alone = [Shape(tokens, rows, 1) for tokens in range(64, 145, 16) for rows in (128, 256)]
-    shared = [Shape(tokens, 128, parts) for tokens in range(64, 145, 16) for parts in range(2, _MOST_PARTS + 1)]
-    return min((shape for shape in alone + shared if shape.parts <= steps), key=cycles)
+    cuts = [(256, 1)] if geglu else [(256, 1), *((128, parts) for parts in range(1, min(_MOST_PARTS, steps) + 1))]
+    return min((Shape(tokens, *cut) for tokens in range(64, 145, 16) for cut in cuts), key=cycles)
 
 
 def takes(
@@ -106,9 +106,9 @@ def takes(
         and not hadamard
         and out.dtype == torch.bfloat16
         and (residual is None or residual.dtype == torch.bfloat16)
-        and n % 4 == stored % 16 == weight.data_ptr() % 16 == a.data_ptr() % 16 == 0
+        and n % 8 == stored % 16 == weight.data_ptr() % 16 == a.data_ptr() % 16 == 0
         and architecture(a.device) == "sm_90"
-        and _kernel(a.device, _shape(a, weight), _macros(a, weight, residual, geglu=geglu)) is not None
+        and _kernel(a.device, _shape(a, weight, geglu=geglu), _macros(a, weight, residual, geglu=geglu)) is not None
     )
 
 
@@ -128,11 +128,11 @@ def launch(
     Raises:
         DuQuantError: If the kernel does not compile or load.
     """
-    shape = shape or _shape(a, weight)
+    shape = shape or _shape(a, weight, geglu=geglu)
     function = _kernel(a.device, shape, _macros(a, weight, residual, geglu=geglu))
     if function is None:
         raise DuQuantError("the matmul made for Hopper does not run here, the log says why")
-    _run(function, shape, out, a, act_scale, weight, weight_scale, residual)
+    _run(function, shape, out, a, act_scale, weight, weight_scale, residual, geglu=geglu)
 
 
 def _run(
@@ -144,22 +144,26 @@ def _run(
     weight: Tensor,
     weight_scale: Tensor,
     residual: Tensor | None,
+    *,
+    geglu: bool,
 ) -> None:
     (m, _), (n, stored) = a.shape, weight.shape
-    maps = driver.tensor_map(weight, shape.rows // 2, _CHANNELS), driver.tensor_map(a, shape.tokens, _CHANNELS)
+    halves = weight.view(2, n // 2, stored) if geglu else weight[None]  # gate and up
+    weights = driver.tensor_map(halves, shape.rows // len(halves), _CHANNELS)
+    codes = driver.tensor_map(a.unflatten(1, (-1, stored)).transpose(0, 1), shape.tokens, _CHANNELS)
     tensors = (None if x is None else x.data_ptr() for x in (act_scale, weight_scale, residual, out))
     tiles = math.ceil(m / shape.tokens) * math.ceil(n / shape.rows)
     blocks = min(tiles, _processors(a.device)) if shape.parts == 1 else tiles * shape.parts
-    function((blocks, 1, 1), 32 * _WARPS, [*maps, _Arguments(*tensors, m, n, stored)])
+    function((blocks, 1, 1), 32 * _WARPS, [weights, codes, _Arguments(*tensors, m, n, stored)])
 
 
 def _macros(a: Tensor, weight: Tensor, residual: Tensor | None, *, geglu: bool) -> _Macros:
     return _Macros(4 if weight.shape[1] < a.shape[1] else 8, geglu, residual is not None)
 
 
-def _shape(a: Tensor, weight: Tensor) -> Shape:
+def _shape(a: Tensor, weight: Tensor, *, geglu: bool) -> Shape:
     bits = 4 if weight.shape[1] < a.shape[1] else 8
-    return _cached_shape(a.shape[0], *weight.shape, bits, _processors(a.device))
+    return _cached_shape(a.shape[0], *weight.shape, bits, _processors(a.device), geglu=geglu)
 
 
 _cached_shape = functools.cache(shape_for)
@@ -171,11 +175,10 @@ def _processors(device: torch.device) -> int:
 
 
 def memory_for(shape: Shape, bits: int) -> tuple[int, int]:
-    """How many stages a block has, and bytes of shared memory for them and for sums."""
+    """How many stages a block has, and bytes of shared memory for them."""
     stage = _CHANNELS * (shape.rows + 8 // bits * shape.tokens)
-    sums = 4 * (shape.rows + _PAD) * 2 * _WARPS if shape.parts == 1 else 16
-    stages = min(8, (_SHARED_MEMORY - sums) // stage)
-    return stages, stages * (stage + 16) + sums
+    stages = min(8, _SHARED_MEMORY // stage)
+    return stages, stages * (stage + 16)
 
 
 @functools.cache
@@ -209,7 +212,7 @@ def _difference(function: driver.Function, shape: Shape, macros: _Macros, device
     residual = torch.rand(m, n, generator=random, device=device).bfloat16() if macros.residual else None
     given = a, next(scales), weight, next(scales)
     made, expected = (a.new_empty(m, n // (1 + macros.geglu), dtype=torch.bfloat16) for _ in range(2))
-    _run(function, shape, made, *given, residual)
+    _run(function, shape, made, *given, residual, geglu=macros.geglu)
     tile = tiles.by_rule(m, n, stored)
     matmul_triton.launch(expected, *given, None, None, 0, None, None, residual, None, tile, geglu=macros.geglu)
     return ((made.float() - expected.float()).norm() / expected.float().norm()).item()
