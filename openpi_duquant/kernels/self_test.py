@@ -171,7 +171,7 @@ def _transform_fault(kind: str, block: int, dtype: torch.dtype, device: torch.de
             expected = reference.fused_transform(x, given, prologue)
             there = Transform(*_moved(given, device)), Prologue(*_moved(prologue, device))
             actual = fused_transform(x.to(device), *there)
-            wrong = _wrong_codes([part.cpu() for part in actual], expected)
+            wrong = wrong_codes([part.cpu() for part in actual], expected)
             if wrong:
                 return _report(f"{what} {wrong} for {rows} tokens", torch.empty(0, device=device))
     except Exception as error:  # noqa: BLE001 - a compiler has many ways to refuse
@@ -179,7 +179,7 @@ def _transform_fault(kind: str, block: int, dtype: torch.dtype, device: torch.de
     return None
 
 
-def _wrong_codes(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> str | None:
+def wrong_codes(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> str | None:
     """Codes may differ by rounding: by one step, on few elements."""
     (codes, act_scale, row_sum), (right, right_scale, _) = actual, expected
     difference = (codes.int() - right.int()).abs()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from openpi_duquant import transforms
 from openpi_duquant.kernels import reference
+from openpi_duquant.kernels import transform_cuda
 from openpi_duquant.profiling import span
 
 ROTATION_BLOCKS = (16, 32, 64, 128)
@@ -77,5 +78,9 @@ def _on_gpu(x: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _fake(x, *operands)
     x = x if x.stride(-1) == 1 else x.contiguous()
     with torch.cuda.device_of(x):
-        transform_triton.launch(x, *tensors, outputs, geglu=geglu, norm=norm, float32=x.dtype == torch.float32)
+        if transform_cuda.takes(x, *tensors, geglu=geglu, norm=norm):
+            scale, shift, permutation, _, hadamard = tensors
+            transform_cuda.launch(x, scale, shift, permutation, hadamard, outputs, geglu=geglu, norm=norm)
+        else:
+            transform_triton.launch(x, *tensors, outputs, geglu=geglu, norm=norm, float32=x.dtype == torch.float32)
     return outputs

@@ -1,0 +1,207 @@
+"""`transform.fused_transform` on Hopper, in CUDA: for rows in bf16 that are rotated by a Hadamard or not at all.
+
+The kernel is in transform.cu; NVRTC, which comes with torch, compiles it for the widths that a policy has.
+"""
+
+import ctypes
+import functools
+import logging
+import pathlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from openpi_duquant.config import DuQuantError
+from openpi_duquant.kernels import driver
+from openpi_duquant.kernels import reference
+from openpi_duquant.kernels.backend import architecture
+from openpi_duquant.transforms import Transform
+
+_SOURCE = pathlib.Path(__file__).with_name("transform.cu")
+_KERNEL = "transform"
+_REGISTERS = 2**16  # of an SM
+_MOST_BLOCKS = 8  # of an SM
+_WIDE = 8192  # channels; up to here a thread has 16 of them
+_FACTORS = {torch.float32: "float", torch.bfloat16: "bf16"}
+
+_logger = logging.getLogger(__name__)
+
+
+class Kind(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+        width: K, channels of a row.
+        block: Of the Hadamard, 0 for none.
+        geglu: As of `Prologue`.
+        norm: As of `Prologue`.
+        scale: Whether there is one.
+        shift: Whether there is one.
+        permuted: Whether there is a permutation.
+        factor: The type of scale and shift.
+    """
+
+    width: int
+    block: int
+    geglu: bool
+    norm: bool
+    scale: bool
+    shift: bool
+    permuted: bool
+    factor: torch.dtype
+
+    @property
+    def each(self) -> int:
+        """Channels of a thread."""
+        return 32 if self.width > _WIDE else 16
+
+    @property
+    def threads(self) -> int:
+        """Of a block, which has a row at a time."""
+        return self.width // self.each
+
+    @property
+    def blocks(self) -> int:
+        """Of an SM, by the registers that its threads need."""
+        needed = 80 if self.norm or self.permuted else 64
+        return max(1, min(_REGISTERS // (needed * self.threads), _MOST_BLOCKS))
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes that a block needs: struct Memory of transform.cu."""
+        row, permuted = self.width * (4 if self.geglu else 2), 2 * self.width if self.permuted else 16
+        return row + permuted + 8 + 3 * 4 * self.threads // 32
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "scale", "shift", "permutation", "codes", "act_scale", "row_sum")),
+        ("stride", ctypes.c_int64),
+        ("rows", ctypes.c_int),
+    ]
+
+
+def takes(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    permutation: Tensor | None,
+    matrices: Tensor | None,
+    hadamard: int,
+    *,
+    geglu: bool,
+    norm: bool,
+) -> bool:
+    """Whether the kernel transforms these rows here: in bf16, not rotated by matrices, a multiple of 512 channels (of
+    1,024 beyond 8,192, and then neither normalized nor permuted); on Hopper."""
+    kind = _kind(x, scale, shift, permutation, hadamard, geglu=geglu, norm=norm)
+    return (
+        x.dtype == torch.bfloat16
+        and matrices is None
+        and len(x) > 0
+        and kind.width % (32 * kind.each) == 0
+        and (kind.width <= _WIDE or not (norm or kind.permuted))
+        and all(each is None or each.dtype == kind.factor for each in (scale, shift))
+        and kind.factor in _FACTORS
+        and all(each is None or each.data_ptr() % 16 == 0 for each in (x, scale, shift, permutation))
+        and x.stride(0) * x.element_size() % 16 == 0
+        and architecture(x.device) == "sm_90"
+        and _kernel(x.device, kind) is not None
+    )
+
+
+def launch(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    permutation: Tensor | None,
+    hadamard: int,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    *,
+    geglu: bool,
+    norm: bool,
+) -> None:
+    """Fills codes [M, K] int8, act_scale [M, 1] fp32 and row_sum [M, 1] int32; arguments as `transform.fused_transform`
+    hands them to its operator, where `takes` says yes."""
+    kind = _kind(x, scale, shift, permutation, hadamard, geglu=geglu, norm=norm)
+    most = kind.blocks * _processors(x.device)
+    _run(_kernel(x.device, kind), kind, most, x, scale, shift, permutation, outputs)
+
+
+def _kind(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    permutation: Tensor | None,
+    hadamard: int,
+    *,
+    geglu: bool,
+    norm: bool,
+) -> Kind:
+    factor = next((each.dtype for each in (scale, shift) if each is not None), torch.float32)
+    there = (each is not None for each in (scale, shift, permutation))
+    return Kind(x.shape[1] // (1 + geglu), hadamard, geglu, norm, *there, factor)
+
+
+def _run(
+    function: driver.Function,
+    kind: Kind,
+    most: int,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    permutation: Tensor | None,
+    outputs: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    tensors = (None if each is None else each.data_ptr() for each in (x, scale, shift, permutation, *outputs))
+    arguments = _Arguments(*tensors, x.stride(0) * x.element_size(), len(x))
+    function((min(len(x), most), 1, 1), kind.threads, [arguments])
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _kernel(device: torch.device, kind: Kind) -> driver.Function | None:
+    """The kernel, once it has made of small data what it should; None, and a warning, where it does not."""
+    constants = {
+        "K": kind.width,
+        "EACH": kind.each,
+        "BLOCKS": kind.blocks,
+        "BLOCK": kind.block,
+        "GAIN": f"{(kind.block or 1) ** -0.5}f",
+        "FACTOR": _FACTORS[kind.factor],
+        "EPS": f"{reference.NORM_EPS}f",
+    } | {name.upper(): int(getattr(kind, name)) for name in ("geglu", "norm", "scale", "shift", "permuted")}
+    try:
+        code = driver.compile_source(_SOURCE.name, _SOURCE.read_text(), "sm_90a", constants)
+        function = driver.load(code, _KERNEL, kind.shared_memory, device.index)
+        wrong = _fault(function, kind, device)
+        if wrong:
+            raise DuQuantError(f"{kind}: it {wrong}; please report this line")
+        return function
+    except DuQuantError as error:
+        _logger.warning("inputs are transformed without the kernel made for Hopper: %s", error)
+        return None
+
+
+def _fault(function: driver.Function, kind: Kind, device: torch.device) -> str | None:
+    """What the kernel makes otherwise than its definition, of random rows, more of them than blocks; or None."""
+    from openpi_duquant.kernels import self_test  # noqa: PLC0415  it tests fused_transform, which imports this
+    from openpi_duquant.kernels import transform  # noqa: PLC0415
+
+    random = torch.Generator(device).manual_seed(0)
+    x = torch.randn(5, kind.width * (1 + kind.geglu), generator=random, device=device).bfloat16()
+    scale, shift = (
+        torch.randn(kind.width, generator=random, device=device).to(kind.factor) if there else None
+        for there in (kind.scale, kind.shift)
+    )
+    permutation = torch.randperm(kind.width, generator=random, device=device) if kind.permuted else None
+    made = transform.empty(x, len(x), kind.width)
+    _run(function, kind, 2, x, scale, shift, permutation, made)
+    prologue = reference.Prologue(kind.geglu, kind.norm, scale, shift)
+    expected = reference.fused_transform(x, Transform(None, permutation, kind.block or None), prologue)
+    return self_test.wrong_codes(made, expected)

@@ -1,0 +1,217 @@
+"""The transform made for Hopper against the formula in fp64; what it takes and when it is left out, without a GPU."""
+
+import logging
+import shutil
+import subprocess
+
+from by_formula import DEVICE
+from by_formula import PROLOGUES
+from by_formula import by_formula
+from by_formula import check
+from by_formula import inputs
+from by_formula import prologue_of
+from by_formula import sylvester
+import pytest
+import torch
+from torch import Tensor
+
+from openpi_duquant.config import DuQuantError
+from openpi_duquant.kernels import driver
+from openpi_duquant.kernels import transform
+from openpi_duquant.kernels import transform_cuda
+from openpi_duquant.kernels.reference import Prologue
+from openpi_duquant.kernels.transform_cuda import Kind
+from openpi_duquant.transforms import Transform
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of sm_90")
+NVCC = shutil.which("nvcc")
+CUDA_13 = (
+    NVCC and "release 13." in subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Kind]:
+    """The kernels that run, in their order."""
+    kinds: list[Kind] = []
+    run = transform_cuda._run
+    monkeypatch.setattr(transform_cuda, "_run", lambda *given: kinds.append(given[1]) or run(*given))
+    transform_cuda._kernel.cache_clear()
+    return kinds
+
+
+def fused(x: Tensor, prologue: Prologue, permutation: Tensor | None, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Through the operator."""
+    return transform.fused_transform(x, Transform(None, permutation, block or None), prologue)
+
+
+NARROW = [(512, 0), (512, 16), (1024, 128), (1536, 32), (2048, 64), (8192, 64)]
+WIDE = [(9216, 0), (9216, 16), (16384, 64), (16384, 128)]
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", [1, 3, 1400])  # the last: more than there are blocks
+@pytest.mark.parametrize("name", PROLOGUES)
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize(("width", "block"), NARROW + WIDE)
+def test_it_is_its_definition(
+    launched: list[Kind], rows: int, name: str, width: int, block: int, *, permuted: bool
+) -> None:
+    torch.manual_seed(rows + width)
+    prologue = prologue_of(name, width)
+    if width > 8192 and (permuted or prologue.norm):
+        pytest.skip("Triton's")
+    x = inputs(rows, width, BF16, geglu=prologue.geglu)
+    permutation = torch.randperm(width, device=DEVICE) if permuted else None
+    made = fused(x, prologue, permutation, block)
+    check(*made, by_formula(x, prologue, permutation, [sylvester(block)] * (width // block) if block else None))
+    assert len(launched) == 2  # before its first use it is compared with its definition
+    for again, first in zip(fused(x, prologue, permutation, block), made, strict=True):
+        assert torch.equal(again, first)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_factors_may_be_of_16_bits(launched: list[Kind]) -> None:
+    x, (scale, shift) = inputs(5, 1024, BF16, geglu=False), torch.randn(2, 1024, device=DEVICE).to(BF16)
+    prologue = Prologue(norm=True, scale=scale, shift=shift)
+    check(*fused(x, prologue, None, 64), by_formula(x, prologue, None, [sylvester(64)] * 16))
+    assert launched[-1].factor == BF16
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_rows_may_lie_apart(launched: list[Kind]) -> None:
+    x = torch.randn(6, 1040, device=DEVICE).to(BF16)[::2, :1024]
+    check(*fused(x, Prologue(), None, 32), by_formula(x, Prologue(), None, [sylvester(32)] * 32))
+    assert launched
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("block", [0, 64])
+def test_what_is_no_number_is_seen_in_its_row_alone(launched: list[Kind], value: float, block: int) -> None:
+    x = torch.randn(3, 2048, device=DEVICE).to(BF16)
+    x[1, 77] = value
+    _, act_scale, _ = fused(x, Prologue(), None, block)
+    assert act_scale.isfinite().flatten().tolist() == [True, False, True]
+    assert act_scale[1].isnan() or value == value
+    assert launched
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"x": torch.empty(5, 2048, device="meta")},
+        {"x": torch.empty(5, 2064, device="meta", dtype=BF16)},
+        {"x": torch.empty(0, 2048, device="meta", dtype=BF16)},
+        {"x": torch.empty(5, 2052, device="meta", dtype=BF16)[:, :2048]},
+        {"x": torch.empty(5, 16384, device="meta", dtype=BF16)},
+        {"scale": torch.empty(2048, device="meta", dtype=torch.float64)},
+        {"shift": torch.empty(2048, device="meta", dtype=BF16)},
+        {"matrices": torch.empty(32, 64, 64, device="meta")},
+    ],
+    ids=lambda changed: next(iter(changed), "nothing"),
+)
+def test_what_it_takes(changed: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transform_cuda, "architecture", lambda _: "sm_90")
+    monkeypatch.setattr(transform_cuda, "_kernel", lambda *_: object())
+    given = dict.fromkeys(("shift", "permutation", "matrices")) | {
+        "x": torch.empty(5, 2048, device="meta", dtype=BF16),
+        "scale": torch.empty(2048, device="meta"),
+        "hadamard": 64,
+    }
+    assert transform_cuda.takes(**(given | changed), geglu=False, norm=True) == (not changed)
+
+
+def test_other_gpus_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transform_cuda, "_kernel", lambda *_: pytest.fail("compiled"))
+    for architecture in ("sm_80", "sm_89", "sm_100"):
+        monkeypatch.setattr(transform_cuda, "architecture", lambda _, here=architecture: here)
+        x = torch.empty(5, 2048, device="meta", dtype=BF16)
+        assert not transform_cuda.takes(x, None, None, None, None, 64, geglu=False, norm=False)
+
+
+def kinds() -> list[Kind]:
+    """What the models have, what needs most registers, and both ends of the widths."""
+    fp32 = torch.float32
+    return [
+        Kind(2048, 64, geglu=False, norm=True, scale=True, shift=False, permuted=True, factor=fp32),
+        Kind(1024, 64, geglu=False, norm=True, scale=True, shift=True, permuted=True, factor=fp32),
+        Kind(16384, 64, geglu=False, norm=False, scale=False, shift=False, permuted=False, factor=fp32),
+        Kind(16384, 128, geglu=True, norm=False, scale=False, shift=False, permuted=False, factor=fp32),
+        Kind(8192, 128, geglu=True, norm=True, scale=True, shift=True, permuted=True, factor=BF16),
+        Kind(512, 0, geglu=False, norm=False, scale=False, shift=False, permuted=False, factor=fp32),
+    ]
+
+
+@pytest.mark.parametrize("kind", kinds(), ids=str)
+def test_blocks_fit_an_sm(kind: Kind) -> None:
+    assert kind.threads % 32 == 0
+    assert kind.threads <= 1024
+    assert kind.blocks * kind.shared_memory <= 224 * 1024
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What is asked of the compiler; nothing runs."""
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(driver, "compile_source", lambda *given: asked.update(macros=given[3]) or b"")
+    monkeypatch.setattr(driver, "load", lambda *_: object())
+    monkeypatch.setattr(transform_cuda, "_fault", lambda *_: asked.get("fault"))
+    transform_cuda._kernel.cache_clear()
+    return asked
+
+
+def test_a_kernel_that_errs_is_left_out(asked: dict[str, object], caplog: pytest.LogCaptureFixture) -> None:
+    asked["fault"] = "rounded 7 of 9 codes otherwise"
+    assert transform_cuda._kernel(torch.device("cuda", 0), kinds()[0]) is None
+    assert "rounded 7 of 9 codes otherwise; please report" in caplog.messages[-1]
+
+
+def test_where_it_does_not_compile_it_is_left_out(
+    asked: dict[str, object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    del asked
+
+    def refuse(*_: object) -> bytes:
+        raise DuQuantError("no compiler")
+
+    monkeypatch.setattr(driver, "compile_source", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert transform_cuda._kernel(torch.device("cuda", 0), kinds()[0]) is None
+    assert caplog.messages[-1] == "inputs are transformed without the kernel made for Hopper: no compiler"
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_faults_are_found(launched: list[Kind], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a kernel that is given another permutation than its definition."""
+    run = transform_cuda._run
+
+    def permute_otherwise(*given: object) -> None:
+        *before, permutation, outputs = given
+        run(*before, permutation.flip(0), outputs)
+
+    monkeypatch.setattr(transform_cuda, "_run", permute_otherwise)
+    assert transform_cuda._kernel(torch.device("cuda", 0), kinds()[0]) is None
+    assert launched
+
+
+@pytest.mark.skipif(not CUDA_13, reason="needs the nvcc of CUDA 13")
+@pytest.mark.parametrize("kind", kinds(), ids=str)
+def test_it_compiles_without_spilling_registers(
+    asked: dict[str, object], tmp_path_factory: pytest.TempPathFactory, kind: Kind
+) -> None:
+    assert transform_cuda._kernel(torch.device("cuda", 0), kind) is not None
+    macros = [f"-D{name}={value}" for name, value in asked["macros"].items()]
+    output = tmp_path_factory.mktemp("transform") / "code"
+    command = [NVCC, "-std=c++17", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", *macros, "-o", output]
+    done = subprocess.run([*command, transform_cuda._SOURCE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert " 0 bytes spill stores" in done.stderr
