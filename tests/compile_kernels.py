@@ -18,6 +18,7 @@ from openpi_duquant.kernels import denoising_triton
 from openpi_duquant.kernels import epilogue_triton
 from openpi_duquant.kernels import layer_norm_triton
 from openpi_duquant.kernels import matmul_triton
+from openpi_duquant.kernels import patches_triton
 from openpi_duquant.kernels import persistent_triton
 from openpi_duquant.kernels import rotary_triton
 from openpi_duquant.kernels import transform_triton
@@ -68,7 +69,13 @@ KERNELS: dict[str, tuple[Callable[..., None], dict[str, object]]] = {
     ),
     "residual": (around_triton._add_gated, {"GATE": True, "N": 1000, "PADDED": 1024}),
     "rotary": (rotary_triton._rotary, {"HEADS": 9, "PADDED": 16, "HALF": 128}),
-    "layer norm": (layer_norm_triton._add_layer_norm, {"EPS": 1e-6, "WIDTH": 1152, "PADDED": 2048}),
+    "layer norm": (layer_norm_triton._add_layer_norm, {"DELTA_BIAS": True, "EPS": 1e-6, "WIDTH": 1152, "PADDED": 2048}),
+    "embed patches": (
+        patches_triton._embed_patches,
+        {
+            "images_ptr": "*u8", "offset_ptr": "*fp32", "SIDE": 224, "SIZE": 14, "K": 640, "BM": 64, "BN": 64, "BK": 64,
+        },
+    ),
     "embed actions": (
         denoising_triton._embed_actions,
         {"WIDTH": 1024, "CHANNELS": 32, "PADDED": 32, "OUTPUTS": 64} | _FLOAT32,

@@ -60,12 +60,20 @@ def _rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned
 
 
-def _add_layer_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add_layer_norm(x: Tensor, *operands: Tensor | float | None) -> tuple[Tensor, Tensor]:
     from openpi_duquant.kernels import layer_norm_triton  # noqa: PLC0415
 
     outputs = x.new_empty(x.shape), x.new_empty(x.shape)
-    layer_norm_triton.launch(outputs, x, delta, weight, bias, eps)
+    layer_norm_triton.launch(outputs, x, *operands)
     return outputs
+
+
+def _embed_patches(images: Tensor, parts: Tensor, offset: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    from openpi_duquant.kernels import patches_triton  # noqa: PLC0415
+
+    out = offset.new_empty(len(images), *offset.shape, dtype=dtype)
+    patches_triton.launch(out, images, parts.float(), offset, size)
+    return out
 
 
 def _embed_actions(actions: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,8 +138,8 @@ def operators() -> Iterator[None]:
     """Gives the operators their CPU versions."""
     with torch.library._scoped_library("openpi_duquant", "FRAGMENT") as library:
         for run in (
-            _fused_transform, _triton_matmul, _epilogue, _rotary, _add_layer_norm, _embed_actions, _euler_step,
-            _attend, _attend_quantized, _prologue, _add_gated,
+            _fused_transform, _triton_matmul, _epilogue, _rotary, _add_layer_norm, _embed_patches, _embed_actions,
+            _euler_step, _attend, _attend_quantized, _prologue, _add_gated,
         ):  # fmt: skip
             library.impl(run.__name__.removeprefix("_"), run, "CPU")
         yield

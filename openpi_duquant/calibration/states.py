@@ -56,7 +56,8 @@ def record_states(
         language: list[Tensor] = []
         expert: list[Tensor] = []
         with torch.no_grad(), watched({policy.language_model: language.append, policy.expert: expert.append}):
-            policy.compute(policy.inputs(prefix, state, noise).to(policy.device), schedule)
+            features = policy.run(policy.see, [prefix.images])
+            policy.run(policy.act, policy.inputs(prefix, features, state, noise), schedule)
         states.append(States(language[0], torch.stack(expert)))
         progress(len(noise))
     return states

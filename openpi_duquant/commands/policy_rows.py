@@ -34,6 +34,8 @@ from openpi_duquant.engine import Observation
 from openpi_duquant.engine import Policy
 from openpi_duquant.engine import assemble
 from openpi_duquant.engine import preprocess
+from openpi_duquant.engine.graphs import on
+from openpi_duquant.engine.graphs import padded
 from openpi_duquant.engine.observation import prepare_image
 from openpi_duquant.environment import openpi_source
 from openpi_duquant.environment import read_environment
@@ -110,19 +112,19 @@ def engine(policy: Policy, setting: Setting, *, graph: bool = False, compiled: b
     if compiled:
         _require_compilation()
         torch.compiler.disable(Policy.denoise, recursive=False)  # one compiled step, called in a loop, as in openpi
-        policy.compute = torch.compile(policy.compute, mode=COMPILE_MODE)
+        policy.see, policy.act = (torch.compile(part, mode=COMPILE_MODE) for part in (policy.see, policy.act))
     observation, noise = setting.observation
-    prefix = preprocess(observation)
-    inputs = policy.inputs(
-        prefix if policy.graphs is None else policy.graphs.padded(prefix),
-        policy.read_state(observation.state, len(noise)),
-        noise,
-    ).to(policy.device)
-    run = policy.compute if policy.graphs is None else policy.graphs
-    return Calls(
-        lambda: policy.sample_actions(observation, noise, num_steps=setting.num_steps),
-        lambda: run(inputs, policy.tabulated(setting.num_steps)),
-    )
+    prefix, state = preprocess(observation), policy.read_state(observation.state, len(noise))
+    images = prefix.images.to(policy.device)
+    features = policy.run(policy.see, [images])
+    given = policy.inputs(padded(prefix) if policy.graphed else prefix, features, state, noise)
+    inputs = on(given, policy.device)[1:]
+
+    def model() -> Tensor:
+        features = policy.run(policy.see, [images])
+        return policy.run(policy.act, [features, *inputs], policy.tabulated(setting.num_steps))
+
+    return Calls(lambda: policy.sample_actions(observation, noise, num_steps=setting.num_steps), model)
 
 
 def _require_compilation() -> None:

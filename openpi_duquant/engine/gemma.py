@@ -211,9 +211,9 @@ class LanguageModel(nn.Module):
         layers: list[nn.Module] = [DecoderLayer(size) for _ in range(size.depth - 1)]
         self.layers = nn.ModuleList([*layers, LastLanguageLayer(size)])
 
-    def forward(self, x: Tensor, positions: Tensor, visible: Tensor | None) -> KeyValue:
-        """Embeddings [B, P, W] at positions [B, P], visible or not [B, P] -> keys and values of every layer."""
-        rotation = rotary(positions, self.size.head_dim, x.dtype)
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor | None) -> KeyValue:
+        """Embeddings [B, P, W], cosines and sines [B, P, D] of their positions, visible or not [B, P] -> keys and
+        values of every layer."""
         caches = []
         for layer in self.layers[:-1]:
             x, cache = layer(x, rotation, visible)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import dataclasses
-import itertools
 
 import numpy as np
 import torch
@@ -60,30 +59,69 @@ def preprocess(observation: Observation, device: torch.device | None = None) -> 
 
     Args:
         observation: B observations.
-        device: Where the prefix goes, and where images that are not bytes of 224 x 224 are prepared; where they are if
-            not given.
+        device: Where images go, and where they are prepared unless they are bytes of 224 x 224; where they are if not
+            given.
 
     Raises:
-        DuQuantError: On a live camera without an image, an image of a wrong shape or dtype, no live camera at all, or
-            parts of different batches.
+        DuQuantError: As `live_images` and `live_masks`.
+    """
+    masks = live_masks(observation)
+    return Prefix(live_images(observation, device), *masks)
+
+
+def live_images(observation: Observation, device: torch.device | None = None) -> Tensor:
+    """The images of a `Prefix`; `device` as of `preprocess`.
+
+    Raises:
+        DuQuantError: On a live camera without an image, an image of a wrong shape or dtype, or no live camera at all.
+    """
+    masks = [observation.image_masks.get(camera) for camera in CAMERAS]
+    cameras = [camera for camera, mask in zip(CAMERAS, masks, strict=True) if mask is None or _mask(mask).any()]
+    for camera in cameras:
+        image = observation.images.get(camera)
+        if image is None:
+            raise DuQuantError(f"camera {camera} has no image: give one, or set image_masks[{camera!r}] to False")
+        if image.ndim == 4 and len(image) != len(observation.tokenized_prompt):
+            raise DuQuantError(f"camera {camera}: {len(image)} images, {len(observation.tokenized_prompt)} prompts")
+    if not cameras:
+        raise DuQuantError(f"every camera is masked: at least one of {', '.join(CAMERAS)} must be live")
+    return gather_images({camera: observation.images[camera] for camera in cameras}, device)
+
+
+def live_masks(observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
+    """What a `Prefix` has but images.
+
+    Raises:
+        DuQuantError: On parts of different batches.
     """
     _check_masks(observation)
     tokens, token_mask = observation.tokenized_prompt.cpu().long().numpy(), _mask(observation.tokenized_prompt_mask)
     known = np.ones(len(tokens), np.bool_)
     given = [observation.image_masks.get(camera) for camera in CAMERAS]
     masks = np.stack([known if mask is None else _mask(mask) for mask in given], 1)
-    live, used = masks.any(0), token_mask.any(0)
-    cameras = list(itertools.compress(CAMERAS, live))
-    for camera in cameras:
-        image = observation.images.get(camera)
-        if image is None:
-            raise DuQuantError(f"camera {camera} has no image: give one, or set image_masks[{camera!r}] to False")
-        if image.ndim == 4 and len(image) != len(tokens):
-            raise DuQuantError(f"camera {camera}: {len(image)} images, {len(tokens)} prompts")
-    if not cameras:
-        raise DuQuantError(f"every camera is masked: at least one of {', '.join(CAMERAS)} must be live")
-    images = gather_images({camera: observation.images[camera] for camera in cameras}, device)
-    return Prefix(images, *map(torch.from_numpy, (masks[:, live], tokens[:, used], token_mask[:, used])))
+    used = token_mask.any(0)
+    image_mask, tokens, token_mask = map(
+        torch.from_numpy, (masks[:, masks.any(0)], tokens[:, used], token_mask[:, used])
+    )
+    return image_mask, tokens, token_mask
+
+
+def layout(prefix: Prefix, patches: int, suffix: int) -> tuple[Tensor, Tensor]:
+    """Where the language model and the expert read what.
+
+    Args:
+        prefix: Of B observations, with prompts of L tokens.
+        patches: I, of all images of an observation.
+        suffix: S, tokens that the expert reads.
+
+    Returns:
+        visible [B, I + L] bool, which patches and tokens are valid; places [B, I + L + S] int64, positions of these and
+        of the suffix, which count only what is valid.
+    """
+    image_mask, token_mask = prefix.image_mask.numpy(), prefix.token_mask.numpy()
+    visible = np.concatenate((image_mask.repeat(patches // image_mask.shape[1], 1), token_mask), 1)
+    known = np.pad(visible, ((0, 0), (0, suffix)), constant_values=True)
+    return torch.from_numpy(visible), torch.from_numpy(np.maximum(known.cumsum(1) - 1, 0))
 
 
 def _check_masks(observation: Observation) -> None:

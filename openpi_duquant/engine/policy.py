@@ -22,16 +22,21 @@ from openpi_duquant.engine.gemma import KeyValue
 from openpi_duquant.engine.gemma import LanguageModel
 from openpi_duquant.engine.gemma import rotary
 from openpi_duquant.engine.graphs import Graphs
-from openpi_duquant.engine.graphs import Inputs
+from openpi_duquant.engine.graphs import on
+from openpi_duquant.engine.graphs import padded
 from openpi_duquant.engine.observation import Observation
 from openpi_duquant.engine.observation import Prefix
-from openpi_duquant.engine.observation import as_floats
-from openpi_duquant.engine.observation import preprocess
+from openpi_duquant.engine.observation import layout
+from openpi_duquant.engine.observation import live_images
+from openpi_duquant.engine.observation import live_masks
 from openpi_duquant.engine.placement import HostEmbedding
 from openpi_duquant.engine.placement import HostLinear
 from openpi_duquant.engine.siglip import VisionModel
 from openpi_duquant.kernels import denoising
 from openpi_duquant.kernels.reference import Prologue
+
+_PLACES = 2048
+"""Positions whose rotary embeddings an optimized policy holds."""
 
 
 class Policy(nn.Module, abc.ABC):
@@ -64,6 +69,7 @@ class Policy(nn.Module, abc.ABC):
         self.action_out_proj = nn.Linear(expert.width, architecture.action_dim)
         self.graphs: Graphs | None = None
         self._schedules: dict[int, Tensor] | None = None
+        self.register_buffer("_angles", None, persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,8 +104,10 @@ class Policy(nn.Module, abc.ABC):
         for module in self.modules():
             if module is not self and hasattr(module, "optimize_"):
                 module.optimize_()
-        self.graphs = Graphs(self.compute)
+        self.graphs = Graphs()
         self._schedules = {}
+        places = torch.arange(_PLACES, device=self.device)[None]
+        self._angles = torch.cat(rotary(places, self.architecture.language.head_dim, self.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Policy":  # noqa: FBT001, FBT002
         if fn(torch.empty(0, dtype=self.dtype)).dtype != self.dtype:
@@ -131,14 +139,24 @@ class Policy(nn.Module, abc.ABC):
                 f"noise {tuple(noise.shape)} must be {expected}, batch x action_horizon x action_dim, "
                 f"and num_steps {num_steps} at least 1"
             )
-        state = self.read_state(observation.state, len(noise))
+        images = live_images(observation, self.device)
+        features = self.run(self.see, [images])
+        # from here on the GPU is busy with the images: what the host does takes no time
+        prefix, state = Prefix(images, *live_masks(observation)), self.read_state(observation.state, len(noise))
+        inputs = self.inputs(padded(prefix) if self.graphed else prefix, features, state, noise)
+        return self.run(self.act, inputs, self.tabulated(num_steps)).to(noise.device)
+
+    def run(self, compute: Callable[..., Tensor], inputs: Sequence[Tensor | None], *constants: Tensor) -> Tensor:
+        """compute(*inputs, *constants) on the policy's device; on a GPU as a CUDA graph, once optimized."""
         device = self.device
-        prefix = preprocess(observation, device)
-        graphs = self.graphs if device.type == "cuda" else None
-        inputs = self.inputs(prefix if graphs is None else graphs.padded(prefix), state, noise)
-        schedule = self.tabulated(num_steps)
-        actions = self.compute(inputs.to(device), schedule) if graphs is None else graphs(inputs, schedule)
-        return actions.to(noise.device)
+        if self.graphs is not None and device.type == "cuda":
+            return self.graphs(compute, inputs, constants, device=device)
+        return compute(*on(inputs, device), *constants)
+
+    @property
+    def graphed(self) -> bool:
+        """Whether calls run as CUDA graphs."""
+        return self.graphs is not None and self.device.type == "cuda"
 
     def tabulated(self, num_steps: int) -> Tensor:
         """`schedule`, on the policy's device; kept, once the policy is optimized."""
@@ -148,37 +166,65 @@ class Policy(nn.Module, abc.ABC):
             self._schedules[num_steps] = self.schedule(num_steps).to(self.device)
         return self._schedules[num_steps]
 
-    def inputs(self, prefix: Prefix, state: Tensor | None, noise: Tensor) -> Inputs:
-        """What `compute` reads, on whatever devices; embeddings are looked up on the host."""
+    def inputs(
+        self, prefix: Prefix, features: Tensor, state: Tensor | None, noise: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """What `act` reads, on whatever devices; embeddings are looked up on the host."""
         text = self.embedding(prefix.tokens, self.device)
-        return Inputs(prefix.images, prefix.image_mask, text, prefix.token_mask, state, noise.float())
+        visible, places = layout(prefix, features.shape[1], noise.shape[1] + (state is not None))
+        return features, text, visible, places, state, noise.float()
 
-    def compute(self, inputs: Inputs, schedule: Tensor) -> Tensor:
-        """Actions [B, S, A] fp32; the same kernels for the same shapes, and never a look at a value from the host."""
-        x, visible = self.embed_prefix(inputs)
-        cached = self.language_model(x, visible.cumsum(1) - 1, visible)
-        return self.denoise(cached, visible, inputs.state, inputs.noise, schedule)
+    def see(self, images: Tensor) -> Tensor:
+        """Features [B, I, W] of images, see `Prefix`; as `act`."""
+        paligemma, width = self.paligemma_with_expert["paligemma"]["model"], self.architecture.language.width
+        features = paligemma["vision_tower"]["vision_model"](images.flatten(0, 1), self.dtype)
+        return paligemma["multi_modal_projector"]["linear"](features).reshape(len(images), -1, width)
 
-    def embed_prefix(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, P, W] of images and prompt, and which of them are valid, [B, P] bool."""
-        width = self.architecture.language.width
-        paligemma = self.paligemma_with_expert["paligemma"]["model"]
-        pixels = inputs.images.flatten(0, 1)
-        if pixels.dtype == torch.uint8:
-            pixels = as_floats(pixels).movedim(3, 1)
-        features = paligemma["vision_tower"]["vision_model"](pixels, self.dtype)
-        images = paligemma["multi_modal_projector"]["linear"](features).reshape(len(inputs.text), -1, width)
-        text = inputs.text * math.sqrt(width)
-        image_mask = inputs.image_mask.repeat_interleave(features.shape[1], dim=1)
-        return torch.cat((images, text), dim=1), torch.cat((image_mask, inputs.token_mask), dim=1)
+    def act(
+        self,
+        features: Tensor,
+        text: Tensor,
+        visible: Tensor,
+        places: Tensor,
+        state: Tensor | None,
+        noise: Tensor,
+        schedule: Tensor,
+    ) -> Tensor:
+        """Actions [B, S, A] fp32; the same kernels for the same shapes, and never a look at a value from the host.
+
+        Args:
+            features: [B, I, W], of images.
+            text: [B, L, W], embedded prompts.
+            visible: [B, I + L] bool, which of both are valid.
+            places: [B, I + L + S] int64, their positions and the suffix's; pi0's has a place for the state.
+            state: [B, A] fp32, or None.
+            noise: [B, S, A] fp32.
+            schedule: See `tabulated`.
+        """
+        x = torch.cat((features, text * math.sqrt(text.shape[-1])), dim=1)
+        ends = x.shape[1], places.shape[1] - x.shape[1]
+        of_prefix, of_suffix = map(self.rotation, places.split(ends, dim=1))
+        cached = self.language_model(x, of_prefix, visible)
+        return self.denoise(cached, visible, of_suffix, state, noise, schedule)
+
+    def rotation(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, S, D] of rotary embeddings at places [B, S]; from a table, once optimized."""
+        if self._angles is None or places.shape[1] > _PLACES:
+            return rotary(places, self.architecture.language.head_dim, self.dtype)
+        cos, sin = self._angles[:, places]
+        return cos, sin
 
     def denoise(
-        self, cached: KeyValue, visible: Tensor, state: Tensor | None, noise: Tensor, schedule: Tensor
+        self,
+        cached: KeyValue,
+        visible: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        state: Tensor | None,
+        noise: Tensor,
+        schedule: Tensor,
     ) -> Tensor:
         """Integrates the velocity field from noise [B, S, A] at time 1 to actions at time 0 (Euler)."""
         state_first = state is not None
-        places = torch.arange(noise.shape[1] + state_first, device=noise.device)
-        rotation = rotary(visible.sum(1, keepdim=True) + places, self.architecture.expert.head_dim, self.dtype)
         actions = noise
         for entry in schedule:
             x, modulations = self.embed_suffix(state, actions, entry)

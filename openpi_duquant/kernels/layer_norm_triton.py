@@ -5,20 +5,28 @@ import triton
 import triton.language as tl
 
 
-def launch(outputs: tuple[Tensor, Tensor], x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-    """Fills sum and norm, both [..., W], from x and delta [..., W], weight and bias [W], all contiguous."""
+def launch(
+    outputs: tuple[Tensor, Tensor],
+    x: Tensor,
+    delta: Tensor,
+    delta_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> None:
+    """Fills sum and norm, both [..., W]; arguments as `add_layer_norm`, contiguous."""
     width = x.shape[-1]
     padded = triton.next_power_of_2(width)
     _add_layer_norm[(x.numel() // width,)](
-        *outputs, x, delta, weight, bias, EPS=eps, WIDTH=width, PADDED=padded,
-        num_warps=min(max(padded // 512, 1), 16),
+        *outputs, x, delta, delta_bias, weight, bias, DELTA_BIAS=delta_bias is not None, EPS=eps, WIDTH=width,
+        PADDED=padded,        num_warps=min(max(padded // 512, 1), 16),
     )  # fmt: skip
 
 
 @triton.jit
 def _add_layer_norm(
-    sum_ptr, norm_ptr, x_ptr, delta_ptr, weight_ptr, bias_ptr, EPS: tl.constexpr, WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
+    sum_ptr, norm_ptr, x_ptr, delta_ptr, delta_bias_ptr, weight_ptr, bias_ptr, DELTA_BIAS: tl.constexpr,
+    EPS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """One row, in registers."""
     channel = tl.arange(0, PADDED)
@@ -26,6 +34,8 @@ def _add_layer_norm(
     at = tl.program_id(0).to(tl.int64) * WIDTH + channel
     x = tl.load(x_ptr + at, mask=known, other=0.0).to(tl.float32)
     delta = tl.load(delta_ptr + at, mask=known, other=0.0).to(tl.float32)
+    if DELTA_BIAS:
+        delta += tl.load(delta_bias_ptr + channel, mask=known, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + channel, mask=known, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, mask=known, other=0.0).to(tl.float32)
     rounded = (x + delta).to(sum_ptr.dtype.element_ty)

@@ -43,7 +43,8 @@ def run(policy: Policy, step: Callable[[], object] = lambda: None) -> list[Tenso
     visible = torch.ones(2, PREFIX, dtype=torch.bool, device=DEVICE)
     visible[1, -4:] = False
     with torch.no_grad():
-        cached = policy.language_model(prefix, visible.cumsum(1) - 1, visible)
+        of_prefix = gemma.rotary(visible.cumsum(1) - 1, sizes[0].head_dim, x.dtype)
+        cached = policy.language_model(prefix, of_prefix, visible)
         step()
         positions = visible.sum(1, keepdim=True) + torch.arange(HORIZON, device=DEVICE)
         rotation = gemma.rotary(positions, sizes[1].head_dim, x.dtype)

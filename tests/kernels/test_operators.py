@@ -80,8 +80,15 @@ def test_the_rotary_embedding() -> None:
 
 def test_the_layer_norm() -> None:
     for shape in ((2, 5, 72), (3, 1152)):
-        given = random(*shape), random(*shape), random(shape[-1]), random(shape[-1])
-        torch.library.opcheck(OPERATORS.add_layer_norm.default, (*given, 1e-6))
+        for bias in (None, random(shape[-1])):
+            given = random(*shape), random(*shape), bias, random(shape[-1]), random(shape[-1])
+            torch.library.opcheck(OPERATORS.add_layer_norm.default, (*given, 1e-6))
+
+
+def test_embedded_patches() -> None:
+    images = torch.randint(256, (2, 28, 28, 3), dtype=torch.uint8, device=DEVICE)
+    parts, offset = torch.randn(3, 192, 72, device=DEVICE).bfloat16(), torch.randn(16, 72, device=DEVICE)
+    torch.library.opcheck(OPERATORS.embed_patches.default, (images, parts, offset, 7, DTYPE))
 
 
 def test_the_ends_of_a_denoising_step() -> None:
