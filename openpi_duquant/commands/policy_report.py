@@ -144,11 +144,11 @@ def markdown(results: Results) -> str:
         *([markdown_table(("not run", "why"), failed)] if failed else []),
         markdown_stamp(results["stamp"]),
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def _beside_analysis(results: Results) -> str:
-    """The original analysis's table, and what was measured here for each of its lines."""
+    """The original analysis's table, and what was measured here for each of its lines; nothing if nothing was."""
     times = milliseconds(results)
     lines = [
         (what, theirs, gain, name, _number(times[name]), _number(times["naive"] / times[name]))
@@ -156,6 +156,8 @@ def _beside_analysis(results: Results) -> str:
         for name in names
         if name in times and "naive" in times
     ]
+    if not lines:
+        return ""
     header = "original analysis", "its ms", "its speed-up", "row here", "ms here", "x naive"
     title = "The original analysis, whose GPU is not stated; all but its first figure are estimates:"
     return f"{title}\n\n{markdown_table(header, lines)}"
@@ -170,7 +172,7 @@ def _split(results: Results) -> str:
             "and w4a8-triton or w4a8-bitblas were measured on a GPU."
         )
     return (
-        f"From bf16 without a graph ({split['from_ms']:.1f} ms) to W4A8 in one CUDA graph ({split['to_ms']:.1f} ms): "
+        f"From bf16 without a graph ({split['from_ms']:.1f} ms) to W4A8 as CUDA graphs ({split['to_ms']:.1f} ms): "
         f"{split['graph']:.0%} of the time saved is the graph's (bf16-eager to bf16-engine), {split['precision']:.0%} "
         "is precision's (bf16-engine to W4A8)."
     )

@@ -106,7 +106,7 @@ class Calls(NamedTuple):
 
 
 def engine(policy: Policy, setting: Setting, *, graph: bool = False, compiled: bool = False) -> Calls:
-    """This project's forward pass, optimized: eager, under torch.compile, or (on a GPU) as one CUDA graph."""
+    """This project's forward pass, optimized: eager, under torch.compile, or (on a GPU) as CUDA graphs."""
     if not graph or setting.device == "cpu":
         policy.graphs = None
     if compiled:
@@ -115,13 +115,13 @@ def engine(policy: Policy, setting: Setting, *, graph: bool = False, compiled: b
         policy.see, policy.act = (torch.compile(part, mode=COMPILE_MODE) for part in (policy.see, policy.act))
     observation, noise = setting.observation
     prefix, state = preprocess(observation), policy.read_state(observation.state, len(noise))
-    images = prefix.images.to(policy.device)
-    features = policy.run(policy.see, [images])
-    given = policy.inputs(padded(prefix) if policy.graphed else prefix, features, state, noise)
-    inputs = on(given, policy.device)[1:]
+    images, inputs = prefix.images.to(policy.device), []
 
     def model() -> Tensor:
         features = policy.run(policy.see, [images])
+        if not inputs:
+            given = policy.inputs(padded(prefix) if policy.graphed else prefix, features, state, noise)
+            inputs.extend(on(given[1:], policy.device))
         return policy.run(policy.act, [features, *inputs], policy.tabulated(setting.num_steps))
 
     return Calls(lambda: policy.sample_actions(observation, noise, num_steps=setting.num_steps), model)

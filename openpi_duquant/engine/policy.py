@@ -99,7 +99,7 @@ class Policy(nn.Module, abc.ABC):
 
     def optimize_(self) -> None:
         """For many calls with weights that do not change any more: merges layers, tabulates what depends on the time
-        alone, and on a GPU runs calls of the same shapes as one CUDA graph.
+        alone, and on a GPU runs calls of the same shapes as CUDA graphs.
         """
         for module in self.modules():
             if module is not self and hasattr(module, "optimize_"):
