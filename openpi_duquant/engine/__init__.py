@@ -5,7 +5,7 @@ from openpi_duquant.engine.load import layers_run
 from openpi_duquant.engine.load import load_policy
 from openpi_duquant.engine.observation import Observation
 from openpi_duquant.engine.observation import preprocess
+from openpi_duquant.engine.policies import build_policy
 from openpi_duquant.engine.policy import Policy
-from openpi_duquant.engine.policy import build_policy
 
 __all__ = ["Observation", "Policy", "assemble", "build_policy", "layers_run", "load_policy", "preprocess"]

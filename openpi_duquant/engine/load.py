@@ -16,8 +16,8 @@ from openpi_duquant.checkpoint.load import stored_name
 from openpi_duquant.checkpoint.load import verify
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.placement import HostResident
+from openpi_duquant.engine.policies import build_policy
 from openpi_duquant.engine.policy import Policy
-from openpi_duquant.engine.policy import build_policy
 from openpi_duquant.kernels.backend import require_device
 from openpi_duquant.linear import LayerSpec
 from openpi_duquant.linear import QuantLinear

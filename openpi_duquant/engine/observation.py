@@ -149,7 +149,9 @@ def gather_images(images: Mapping[str, Tensor], device: torch.device | None = No
     frames = all(image.dtype == torch.uint8 and image.shape[1:] == FRAME for image in given)
     if frames and all(image.is_cpu and image.is_contiguous() for image in given):
         gathered = staging((len(next(iter(given))), len(given), *FRAME), torch.uint8, device)
-        np.stack([image.numpy() for image in given], 1, out=gathered.numpy())
+        places = gathered.numpy()
+        for index, image in enumerate(given):
+            places[:, index] = image.numpy()
         return gathered
     # not non_blocking: the caller may refill page-locked memory of his own as soon as a call returns
     there = {camera: image.to(device or image.device) for camera, image in images.items()}
