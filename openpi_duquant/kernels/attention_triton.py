@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from openpi_duquant.kernels import transform_triton
-from openpi_duquant.kernels.transform_triton import quantize_rows
+from openpi_duquant.kernels.rows_triton import quantize_rows
 
 
 class Shape(NamedTuple):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 import dataclasses
+import functools
 from typing import Protocol
 
 import torch
@@ -99,6 +100,12 @@ def require_device(device: torch.device) -> None:
 def architecture(device: torch.device) -> str:
     """The name of a CUDA device's architecture: "sm_90"."""
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def processors_of(device: torch.device) -> int:
+    """How many SMs a CUDA device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def reasons_against(device: torch.device) -> list[str]:

@@ -36,6 +36,7 @@ Times = dict[int, float]
 """Microseconds by number of tokens."""
 
 _LAUNCHES = (20, 256)  # fewest and most that are timed together
+_SOURCES = (".py", ".cu", ".cuh", ".json")
 
 
 class Choice(NamedTuple):
@@ -99,16 +100,15 @@ def environment(device: torch.device) -> dict[str, str]:
         "driver": "CUDA {}.{}".format(*driver.version()),
         "torch": str(torch.__version__),
         "triton": triton.__version__,
-        "kernels": _kernels(),
+        "kernels": _digest(pathlib.Path(__file__).parent),
     }
 
 
 @functools.cache
-def _kernels() -> str:
-    """A digest of this package's kernels, tiles and patches of BitBLAS."""
-    folder = pathlib.Path(__file__).parent
+def _digest(folder: pathlib.Path) -> str:
+    """Of the kernels in a folder, their tiles and the patches of BitBLAS."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.json")]):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in _SOURCES):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -17,6 +17,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import driver
 from openpi_duquant.kernels import tiles
 from openpi_duquant.kernels.backend import architecture
+from openpi_duquant.kernels.backend import processors_of
 
 _SOURCE = pathlib.Path(__file__).with_name("matmul.cu")
 _KERNEL = "matmul"
@@ -153,7 +154,7 @@ def _run(
     codes = driver.tensor_map(a.unflatten(1, (-1, stored)).transpose(0, 1), shape.tokens, _CHANNELS)
     tensors = (None if x is None else x.data_ptr() for x in (act_scale, weight_scale, residual, out))
     tiles = math.ceil(m / shape.tokens) * math.ceil(n / shape.rows)
-    blocks = min(tiles, _processors(a.device)) if shape.parts == 1 else tiles * shape.parts
+    blocks = min(tiles, processors_of(a.device)) if shape.parts == 1 else tiles * shape.parts
     function((blocks, 1, 1), 32 * _WARPS, [weights, codes, _Arguments(*tensors, m, n, stored)])
 
 
@@ -163,15 +164,10 @@ def _macros(a: Tensor, weight: Tensor, residual: Tensor | None, *, geglu: bool) 
 
 def _shape(a: Tensor, weight: Tensor, *, geglu: bool) -> Shape:
     bits = 4 if weight.shape[1] < a.shape[1] else 8
-    return _cached_shape(a.shape[0], *weight.shape, bits, _processors(a.device), geglu=geglu)
+    return _cached_shape(a.shape[0], *weight.shape, bits, processors_of(a.device), geglu=geglu)
 
 
 _cached_shape = functools.cache(shape_for)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def memory_for(shape: Shape, bits: int) -> tuple[int, int]:

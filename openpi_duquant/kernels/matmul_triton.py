@@ -11,8 +11,8 @@ import triton.language as tl
 
 from openpi_duquant.kernels.blocks_triton import block_diagonal
 from openpi_duquant.kernels.rotary_triton import turn
+from openpi_duquant.kernels.rows_triton import geglu_of
 from openpi_duquant.kernels.tiles import Tile
-from openpi_duquant.kernels.transform_triton import geglu_of
 
 
 def launch(

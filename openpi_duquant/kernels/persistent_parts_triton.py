@@ -13,8 +13,8 @@ from openpi_duquant.kernels.matmul_triton import read_angles
 from openpi_duquant.kernels.matmul_triton import read_weights
 from openpi_duquant.kernels.matmul_triton import sums_of
 from openpi_duquant.kernels.matmul_triton import turned
-from openpi_duquant.kernels.transform_triton import modulate
-from openpi_duquant.kernels.transform_triton import transform_rows
+from openpi_duquant.kernels.rows_triton import modulate
+from openpi_duquant.kernels.rows_triton import transform_rows
 
 
 @triton.jit

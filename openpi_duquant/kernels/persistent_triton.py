@@ -30,8 +30,8 @@ from openpi_duquant.kernels.persistent_parts_triton import round_row
 from openpi_duquant.kernels.persistent_parts_triton import sum_up
 from openpi_duquant.kernels.persistent_parts_triton import wait_for
 from openpi_duquant.kernels.reference import NORM_EPS
-from openpi_duquant.kernels.transform_triton import gated
-from openpi_duquant.kernels.transform_triton import read_modulation
+from openpi_duquant.kernels.rows_triton import gated
+from openpi_duquant.kernels.rows_triton import read_modulation
 
 if TYPE_CHECKING:
     from openpi_duquant.kernels.persistent import Matrix

@@ -16,6 +16,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import driver
 from openpi_duquant.kernels import reference
 from openpi_duquant.kernels.backend import architecture
+from openpi_duquant.kernels.backend import processors_of
 from openpi_duquant.transforms import Transform
 
 _SOURCE = pathlib.Path(__file__).with_name("transform.cu")
@@ -125,7 +126,7 @@ def launch(
     """Fills codes [M, K] int8, act_scale [M, 1] fp32 and row_sum [M, 1] int32; arguments as `transform.fused_transform`
     hands them to its operator, where `takes` says yes."""
     kind = _kind(x, scale, shift, permutation, hadamard, geglu=geglu, norm=norm)
-    most = kind.blocks * _processors(x.device)
+    most = kind.blocks * processors_of(x.device)
     _run(_kernel(x.device, kind), kind, most, x, scale, shift, permutation, outputs)
 
 
@@ -157,11 +158,6 @@ def _run(
     tensors = (None if each is None else each.data_ptr() for each in (x, scale, shift, permutation, *outputs))
     arguments = _Arguments(*tensors, x.stride(0) * x.element_size(), len(x))
     function((min(len(x), most), 1, 1), kind.threads, [arguments])
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

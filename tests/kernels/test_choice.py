@@ -284,3 +284,17 @@ def test_the_times_depend_on_what_runs_them(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(found.pop("kernels")) == 16
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     assert found == {"gpu": "NVIDIA H200", "driver": "CUDA 13.0"} | versions
+
+
+@pytest.mark.parametrize("name", ["a.py", "a.cu", "a.cuh", "tiles.json", "bitblas/a.py"])
+def test_times_are_of_the_kernels_as_they_were(name: str, tmp_path: pathlib.Path) -> None:
+    source = tmp_path / name
+    source.parent.mkdir(exist_ok=True)
+    source.write_text("1")
+    before = choice._digest(tmp_path)
+    (tmp_path / "a.pyc").write_text("compiled")
+    choice._digest.cache_clear()
+    assert choice._digest(tmp_path) == before
+    source.write_text("2")
+    choice._digest.cache_clear()
+    assert choice._digest(tmp_path) != before

@@ -167,7 +167,7 @@ def test_a_tile_has_gate_and_up_of_many_channels() -> None:
 )
 def test_what_it_takes(changed: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul_cuda, "architecture", lambda _: "sm_90")
-    monkeypatch.setattr(matmul_cuda, "_processors", lambda _: 132)
+    monkeypatch.setattr(matmul_cuda, "processors_of", lambda _: 132)
     monkeypatch.setattr(matmul_cuda, "_kernel", lambda *_: object())
     nothing = dict.fromkeys(("bias", "matrices", "cos", "residual", "gate"))
     given = nothing | {
