@@ -200,17 +200,17 @@ class Policy(nn.Module, abc.ABC):
             schedule: See `tabulated`.
         """
         x = torch.cat((features, text * math.sqrt(text.shape[-1])), dim=1)
-        ends = x.shape[1], places.shape[1] - x.shape[1]
-        of_prefix, of_suffix = map(self.rotation, places.split(ends, dim=1))
+        of_prefix, of_suffix = self.rotations(places, x.shape[1])
         cached = self.language_model(x, of_prefix, visible)
         return self.denoise(cached, visible, of_suffix, state, noise, schedule)
 
-    def rotation(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, S, D] of rotary embeddings at places [B, S]; from a table, once optimized."""
+    def rotations(self, places: Tensor, prefix: int) -> list[tuple[Tensor, ...]]:
+        """Cosines and sines [B, ..., D] of rotary embeddings at places [B, P + S], of the prefix's P and of the rest;
+        from a table, once optimized."""
+        parts = places.split((prefix, places.shape[1] - prefix), dim=1)
         if self._angles is None or places.shape[1] > _PLACES:
-            return rotary(places, self.architecture.language.head_dim, self.dtype)
-        cos, sin = self._angles[:, places]
-        return cos, sin
+            return [rotary(part, self.architecture.language.head_dim, self.dtype) for part in parts]
+        return [self._angles[:, part].unbind() for part in parts]
 
     def denoise(
         self,

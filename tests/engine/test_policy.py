@@ -250,6 +250,22 @@ def test_a_missing_tensor_is_named() -> None:
         assemble(TINY, state, {}, backend="auto", dtype=torch.float32)
 
 
+@pytest.mark.parametrize("length", [60, 3000])  # the second: beyond the table
+def test_an_optimized_policy_turns_by_the_same_angles(policy: Policy, length: int) -> None:
+    optimized = copy.deepcopy(policy)
+    optimized.optimize_()
+    places = torch.arange(length).repeat(2, 1)
+    places[1, 5:] -= 3
+    for given in (policy, optimized):
+        prefix, suffix = given.rotations(places, length - 10)
+        assert [x.shape for x in suffix] == [(2, 10, policy.architecture.expert.head_dim)] * 2
+        turned = [torch.cat(parts, dim=1) for parts in zip(prefix, suffix, strict=True)]
+        half = policy.architecture.expert.head_dim // 2
+        angles = places[..., None].double() * 10_000.0 ** (-torch.arange(half).double() / half).repeat(2)
+        for actual, expected in zip(turned, (angles.cos(), angles.sin()), strict=True):
+            torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-3)
+
+
 def test_an_optimized_policy_keeps_what_depends_on_the_time_alone(policy: Policy) -> None:
     assert policy.tabulated(4) is not policy.tabulated(4)
     optimized = copy.deepcopy(policy)
