@@ -69,11 +69,12 @@ class EngineModel(nn.Module):
         if noise is None:
             shape = len(observation.state), self.config.action_horizon, self.config.action_dim
             noise = torch.normal(mean=0.0, std=1.0, size=shape, dtype=torch.float32, device=device)
+        # what the host looks at goes there first: later, it would wait until the GPU has seen the images
         seen = Observation(
             images=observation.images,
-            image_masks=observation.image_masks,
-            tokenized_prompt=observation.tokenized_prompt,
-            tokenized_prompt_mask=observation.tokenized_prompt_mask,
+            image_masks={camera: mask.cpu() for camera, mask in observation.image_masks.items()},
+            tokenized_prompt=observation.tokenized_prompt.cpu(),
+            tokenized_prompt_mask=observation.tokenized_prompt_mask.cpu(),
             state=observation.state,
         )
         return self.policy.sample_actions(seen, noise, num_steps=num_steps)
