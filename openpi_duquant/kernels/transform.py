@@ -70,7 +70,6 @@ def _fake(x: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tensor]:
     return empty(x, x.shape[0], x.shape[1] // 2 if operands[-2] else x.shape[1])
 
 
-@torch.library.impl("openpi_duquant::fused_transform", "CUDA")
 def _on_gpu(x: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tensor]:
     from openpi_duquant.kernels import transform_triton  # noqa: PLC0415  triton is there where CUDA is
 
@@ -78,9 +77,12 @@ def _on_gpu(x: Tensor, *operands: object) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _fake(x, *operands)
     x = x if x.stride(-1) == 1 else x.contiguous()
     with torch.cuda.device_of(x):
-        if transform_cuda.takes(x, *tensors, geglu=geglu, norm=norm):
-            scale, shift, permutation, _, hadamard = tensors
-            transform_cuda.launch(x, scale, shift, permutation, hadamard, outputs, geglu=geglu, norm=norm)
+        kind = transform_cuda.kind_for(x, *tensors, geglu=geglu, norm=norm)
+        if kind is not None:
+            transform_cuda.launch(kind, x, *tensors[:3], outputs)
         else:
             transform_triton.launch(x, *tensors, outputs, geglu=geglu, norm=norm, float32=x.dtype == torch.float32)
     return outputs
+
+
+torch.library.impl("openpi_duquant::fused_transform", "CUDA", _on_gpu)

@@ -83,7 +83,7 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-def takes(
+def kind_for(
     x: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
@@ -93,62 +93,46 @@ def takes(
     *,
     geglu: bool,
     norm: bool,
-) -> bool:
-    """Whether the kernel transforms these rows here: in bf16, not rotated by matrices, a multiple of 512 channels (of
-    1,024 beyond 8,192, and then neither normalized nor permuted); on Hopper."""
-    kind = _kind(x, scale, shift, permutation, hadamard, geglu=geglu, norm=norm)
-    return (
+) -> Kind | None:
+    """What kernel transforms these rows here, None if none does; arguments as the operator's. Rows must be in bf16, not
+    rotated by matrices, of a multiple of 512 channels (of 1,024 beyond 8,192, and then not normalized or permuted), and
+    on Hopper."""
+    factor = next((each.dtype for each in (scale, shift) if each is not None), torch.float32)
+    there = (each is not None for each in (scale, shift, permutation))
+    kind = Kind(x.shape[1] // (1 + geglu), hadamard, geglu, norm, *there, factor)
+    takes = (
         x.dtype == torch.bfloat16
         and matrices is None
         and len(x) > 0
         and kind.width % (32 * kind.each) == 0
         and (kind.width <= _WIDE or not (norm or kind.permuted))
-        and all(each is None or each.dtype == kind.factor for each in (scale, shift))
-        and kind.factor in _FACTORS
+        and all(each is None or each.dtype == factor for each in (scale, shift))
+        and factor in _FACTORS
         and all(each is None or each.data_ptr() % 16 == 0 for each in (x, scale, shift, permutation))
         and x.stride(0) * x.element_size() % 16 == 0
         and architecture(x.device) == "sm_90"
         and _kernel(x.device, kind) is not None
     )
+    return kind if takes else None
 
 
 def launch(
+    kind: Kind,
     x: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
     permutation: Tensor | None,
-    hadamard: int,
     outputs: tuple[Tensor, Tensor, Tensor],
-    *,
-    geglu: bool,
-    norm: bool,
 ) -> None:
-    """Fills codes [M, K] int8, act_scale [M, 1] fp32 and row_sum [M, 1] int32; arguments as `transform.fused_transform`
-    hands them to its operator, where `takes` says yes."""
-    kind = _kind(x, scale, shift, permutation, hadamard, geglu=geglu, norm=norm)
-    most = kind.blocks * processors_of(x.device)
-    _run(_kernel(x.device, kind), kind, most, x, scale, shift, permutation, outputs)
-
-
-def _kind(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    permutation: Tensor | None,
-    hadamard: int,
-    *,
-    geglu: bool,
-    norm: bool,
-) -> Kind:
-    factor = next((each.dtype for each in (scale, shift) if each is not None), torch.float32)
-    there = (each is not None for each in (scale, shift, permutation))
-    return Kind(x.shape[1] // (1 + geglu), hadamard, geglu, norm, *there, factor)
+    """Fills codes [M, K] int8, act_scale [M, 1] fp32 and row_sum [M, 1] int32; other arguments as `kind_for`."""
+    blocks = min(len(x), kind.blocks * processors_of(x.device))
+    _run(_kernel(x.device, kind), kind, blocks, x, scale, shift, permutation, outputs)
 
 
 def _run(
     function: driver.Function,
     kind: Kind,
-    most: int,
+    blocks: int,
     x: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
@@ -157,7 +141,7 @@ def _run(
 ) -> None:
     tensors = (None if each is None else each.data_ptr() for each in (x, scale, shift, permutation, *outputs))
     arguments = _Arguments(*tensors, x.stride(0) * x.element_size(), len(x))
-    function((min(len(x), most), 1, 1), kind.threads, [arguments])
+    function((blocks, 1, 1), kind.threads, [arguments])
 
 
 @functools.cache

@@ -126,7 +126,26 @@ def test_what_it_takes(changed: dict[str, object], monkeypatch: pytest.MonkeyPat
         "scale": torch.empty(2048, device="meta"),
         "hadamard": 64,
     }
-    assert transform_cuda.takes(**(given | changed), geglu=False, norm=True) == (not changed)
+    kind = transform_cuda.kind_for(**(given | changed), geglu=False, norm=True)
+    assert (kind is None) == bool(changed)
+
+
+def test_rows_go_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: what the kernel is given."""
+    given: list[tuple[object, ...]] = []
+    monkeypatch.setattr(transform_cuda, "architecture", lambda _: "sm_90")
+    monkeypatch.setattr(transform_cuda, "processors_of", lambda _: 132)
+    monkeypatch.setattr(transform_cuda, "_kernel", lambda *_: lambda *all_: given.append(all_))
+    x, scale, permutation = torch.zeros(900, 2080, dtype=BF16)[:, :2048], torch.zeros(2048), torch.arange(2048)
+    what = 64, False, True  # a Hadamard; no GeGLU; a norm
+    outputs = transform._on_gpu(x, scale, None, permutation, None, *what)
+    grid, threads, (arguments,) = given[0]
+    assert grid == (6 * 132, 1, 1)
+    assert threads == 128
+    pointers = (arguments.x, arguments.scale, arguments.shift, arguments.permutation, arguments.codes)
+    assert pointers == (x.data_ptr(), scale.data_ptr(), None, permutation.data_ptr(), outputs[0].data_ptr())
+    assert (arguments.act_scale, arguments.row_sum) == (outputs[1].data_ptr(), outputs[2].data_ptr())
+    assert (arguments.stride, arguments.rows) == (2 * 2080, 900)
 
 
 def test_other_gpus_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +153,7 @@ def test_other_gpus_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for architecture in ("sm_80", "sm_89", "sm_100"):
         monkeypatch.setattr(transform_cuda, "architecture", lambda _, here=architecture: here)
         x = torch.empty(5, 2048, device="meta", dtype=BF16)
-        assert not transform_cuda.takes(x, None, None, None, None, 64, geglu=False, norm=False)
+        assert transform_cuda.kind_for(x, None, None, None, None, 64, geglu=False, norm=False) is None
 
 
 def kinds() -> list[Kind]:
