@@ -10,6 +10,7 @@ from openpi_duquant.config import DuQuantError
 
 IMAGE_SIZE = 224
 PATCH_SIZE = 14
+PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 VISION_HEAD_DIM = 72  # of SigLIP So400m; the number of heads follows from the width
 PALIGEMMA = "paligemma_with_expert.paligemma."
 VISION_MODEL = PALIGEMMA + "model.vision_tower.vision_model."
@@ -146,7 +147,7 @@ def parameter_shapes(architecture: Architecture) -> Shapes:
         LANGUAGE_MODEL + "norm.weight": (language.width,),
         VISION_MODEL + "embeddings.patch_embedding.weight": (vision.width, 3, PATCH_SIZE, PATCH_SIZE),
         VISION_MODEL + "embeddings.patch_embedding.bias": (vision.width,),
-        VISION_MODEL + "embeddings.position_embedding.weight": ((IMAGE_SIZE // PATCH_SIZE) ** 2, vision.width),
+        VISION_MODEL + "embeddings.position_embedding.weight": (PATCHES, vision.width),
         **_biased(VISION_MODEL + "post_layernorm", vision.width),
         **_biased(PROJECTOR, language.width, vision.width),
         **_norm(ACTION_EXPERT + "norm", expert.width, adaptive=architecture.pi05),

@@ -57,7 +57,7 @@ def record_states(
         expert: list[Tensor] = []
         with torch.no_grad(), watched({policy.language_model: language.append, policy.expert: expert.append}):
             features = policy.run(policy.see, [prefix.images])
-            policy.run(policy.act, policy.inputs(prefix, features, state, noise), schedule)
+            policy.run(policy.act, [features, *policy.inputs(prefix, state, noise)], schedule)
         states.append(States(language[0], torch.stack(expert)))
         progress(len(noise))
     return states

@@ -35,7 +35,6 @@ from openpi_duquant.engine import Policy
 from openpi_duquant.engine import assemble
 from openpi_duquant.engine import preprocess
 from openpi_duquant.engine.graphs import on
-from openpi_duquant.engine.graphs import padded
 from openpi_duquant.engine.observation import prepare_image
 from openpi_duquant.environment import openpi_source
 from openpi_duquant.environment import read_environment
@@ -115,13 +114,10 @@ def engine(policy: Policy, setting: Setting, *, graph: bool = False, compiled: b
         policy.see, policy.act = (torch.compile(part, mode=COMPILE_MODE) for part in (policy.see, policy.act))
     observation, noise = setting.observation
     prefix, state = preprocess(observation), policy.read_state(observation.state, len(noise))
-    images, inputs = prefix.images.to(policy.device), []
+    images, *inputs = on([prefix.images, *policy.inputs(prefix, state, noise)], policy.device)
 
     def model() -> Tensor:
         features = policy.run(policy.see, [images])
-        if not inputs:
-            given = policy.inputs(padded(prefix) if policy.graphed else prefix, features, state, noise)
-            inputs.extend(on(given[1:], policy.device))
         return policy.run(policy.act, [features, *inputs], policy.tabulated(setting.num_steps))
 
     return Calls(lambda: policy.sample_actions(observation, noise, num_steps=setting.num_steps), model)

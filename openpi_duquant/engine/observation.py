@@ -9,6 +9,7 @@ from torch import Tensor
 import torch.nn.functional as F  # noqa: N812
 
 from openpi_duquant.architecture import IMAGE_SIZE
+from openpi_duquant.architecture import PATCHES
 from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.placement import staging
 
@@ -106,12 +107,11 @@ def live_masks(observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
     return image_mask, tokens, token_mask
 
 
-def layout(prefix: Prefix, patches: int, suffix: int) -> tuple[Tensor, Tensor]:
+def layout(prefix: Prefix, suffix: int) -> tuple[Tensor, Tensor]:
     """Where the language model and the expert read what.
 
     Args:
-        prefix: Of B observations, with prompts of L tokens.
-        patches: I, of all images of an observation.
+        prefix: Of B observations, with I patches of images and prompts of L tokens.
         suffix: S, tokens that the expert reads.
 
     Returns:
@@ -119,7 +119,7 @@ def layout(prefix: Prefix, patches: int, suffix: int) -> tuple[Tensor, Tensor]:
         of the suffix, which count only what is valid.
     """
     image_mask, token_mask = prefix.image_mask.numpy(), prefix.token_mask.numpy()
-    visible = np.concatenate((image_mask.repeat(patches // image_mask.shape[1], 1), token_mask), 1)
+    visible = np.concatenate((image_mask.repeat(PATCHES, 1), token_mask), 1)
     known = np.pad(visible, ((0, 0), (0, suffix)), constant_values=True)
     return torch.from_numpy(visible), torch.from_numpy(np.maximum(known.cumsum(1) - 1, 0))
 

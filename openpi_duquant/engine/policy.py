@@ -141,15 +141,14 @@ class Policy(nn.Module, abc.ABC):
         features = self.run(self.see, [images])
         # from here on the GPU is busy with the images: what the host does takes no time
         prefix, state = Prefix(images, *live_masks(observation)), self.read_state(observation.state, len(noise))
-        inputs = self.inputs(padded(prefix) if self.graphed else prefix, features, state, noise)
-        return self.run(self.act, inputs, self.tabulated(num_steps)).to(noise.device)
+        inputs = self.inputs(prefix, state, noise)
+        return self.run(self.act, [features, *inputs], self.tabulated(num_steps)).to(noise.device)
 
     def run(self, compute: Callable[..., Tensor], inputs: Sequence[Tensor | None], *constants: Tensor) -> Tensor:
         """compute(*inputs, *constants) on the policy's device; on a GPU as a CUDA graph, once optimized."""
-        device = self.device
-        if self.graphs is not None and device.type == "cuda":
-            return self.graphs(compute, inputs, constants, device=device)
-        return compute(*on(inputs, device), *constants)
+        if self.graphed:
+            return self.graphs(compute, inputs, constants, device=self.device)
+        return compute(*on(inputs, self.device), *constants)
 
     @property
     def graphed(self) -> bool:
@@ -164,13 +163,12 @@ class Policy(nn.Module, abc.ABC):
             self._schedules[num_steps] = self.schedule(num_steps).to(self.device)
         return self._schedules[num_steps]
 
-    def inputs(
-        self, prefix: Prefix, features: Tensor, state: Tensor | None, noise: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """What `act` reads, on whatever devices; embeddings are looked up on the host."""
+    def inputs(self, prefix: Prefix, state: Tensor | None, noise: Tensor) -> tuple[Tensor | None, ...]:
+        """What `act` reads beside features, on whatever devices; embeddings are looked up on the host."""
+        prefix = padded(prefix) if self.graphed else prefix
         text = self.embedding(prefix.tokens, self.device)
-        visible, places = layout(prefix, features.shape[1], noise.shape[1] + (state is not None))
-        return features, text, visible, places, state, noise.float()
+        visible, places = layout(prefix, noise.shape[1] + (state is not None))
+        return text, visible, places, state, noise.float()
 
     def see(self, images: Tensor) -> Tensor:
         """Features [B, I, W] of images, see `Prefix`; as `act`."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch import nn
 import torch.nn.functional as F  # noqa: N812
 
-from openpi_duquant.architecture import IMAGE_SIZE
 from openpi_duquant.architecture import PATCH_SIZE
+from openpi_duquant.architecture import PATCHES
 from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.engine.observation import as_floats
 from openpi_duquant.kernels import patches
@@ -141,7 +141,7 @@ class VisionModel(nn.Module):
         self.embeddings = nn.ModuleDict(
             {
                 "patch_embedding": PatchEmbedding(3, size.width, PATCH_SIZE, stride=PATCH_SIZE),
-                "position_embedding": nn.Embedding((IMAGE_SIZE // PATCH_SIZE) ** 2, size.width),
+                "position_embedding": nn.Embedding(PATCHES, size.width),
             }
         )
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(EncoderLayer(size) for _ in range(size.depth))})

@@ -51,6 +51,9 @@ __device__ unsigned in_block(const void* at, int rank) {  // the same place in a
 __device__ void initialize(uint64* count, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(count)), "r"(arrivals) : "memory");
 }
+__device__ void publish_counts() {  // once they are initialized: to the copy engine and the cluster
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ void expect(uint64* count, int bytes) {  // by one thread, once for every wait
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(count)), "r"(bytes)
                  : "memory");

@@ -239,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) __cluster_dims__(PAR
     Filling fill = {weight, codes, given, memory, place};
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) initialize(&memory.filled[i], 1), initialize(&memory.emptied[i], WARPS);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        publish_counts();
         for (int i = 0; i < STAGES; i++) fill();
     }
     __syncthreads();

@@ -749,8 +749,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     if (self.thread == 0) {
         for (uint64* count :
              {&memory.codes_there[0], &memory.codes_there[1], &memory.sums_there, &memory.partial_there})
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(count)) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            initialize(count, 1);
+        publish_counts();
     }
     wait_for_cluster();
     Steps steps = {};

@@ -97,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) transform(const Ar
     int t = threadIdx.x;
     if (t == 0) {
         initialize(&memory.filled, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        publish_counts();
         fill(given, memory, blockIdx.x);
     }
     // Register p has piece p ^ first of the thread's, so that pieces read at the same time lie in different banks. Within

@@ -12,6 +12,7 @@ from openpi_duquant.config import DuQuantError
 from openpi_duquant.engine.observation import CAMERAS
 from openpi_duquant.engine.observation import Observation
 from openpi_duquant.engine.observation import gather_images
+from openpi_duquant.engine.observation import layout
 from openpi_duquant.engine.observation import prepare_image
 from openpi_duquant.engine.observation import preprocess
 from openpi_duquant.engine.observation import resize_with_padding
@@ -86,6 +87,24 @@ def test_what_is_masked_in_the_whole_batch_is_dropped() -> None:
     assert prefix.image_mask.tolist() == [[True, True], [True, False]]
     assert prefix.tokens.tolist() == [[0, 1, 2, 3, 4], [8, 9, 10, 11, 12]]
     assert prefix.token_mask.sum(1).tolist() == [3, 5]
+
+
+def test_places_count_what_is_valid() -> None:
+    """A camera that one of two observations lacks, prompts of three and five tokens, a suffix of two."""
+    visible, places = layout(preprocess(observation(masks={LEFT: [False, False], RIGHT: [True, False]})), 2)
+    assert visible.shape == (2, 512 + 5)
+    assert visible.sum(1).tolist() == [512 + 3, 256 + 5]
+    assert not visible[1, 256:512].any()
+    assert places.shape == (2, 512 + 5 + 2)
+    for row, seen, last in zip(places, visible, (515, 261), strict=True):
+        assert row[:-2][seen].tolist() == list(range(last))
+        assert row[-2:].tolist() == [last, last + 1]
+
+
+def test_no_place_is_negative() -> None:
+    """Also where what is masked comes first."""
+    prefix = preprocess(observation(masks={BASE: [True, False], RIGHT: [False, False]}))
+    assert layout(prefix, 1)[1].min() == 0
 
 
 @pytest.mark.parametrize("size", [224, 100])
