@@ -7,13 +7,17 @@
 //               Wide matrices (q/k/v, gate/up): codes go to all blocks, each of which has some of the columns.
 //               Deep ones (o, down): to the block that has the channel, an eighth of them; sums go to the block that
 //               finishes the column.
-//   attention   A cluster has 16 pairs of a token and a head, each of its blocks an eighth of the keys; partial sums go
-//               to the block that has the channel, an eighth of the head.
-// Weights, keys and whatever else is not computed here are read before what is waited for.
+//   attention   A cluster has 16 pairs of a token and a head, and half of the channels of the values; each of its
+//   blocks
+//               an eighth of the keys. Partial sums go to the block that has the channel, an eighth of that half.
+// Weights, keys and whatever else is not computed here are read before what is waited for: weights as soon as those
+// before them are used, keys after the attention before. Clusters without a part in attention fetch all that the next
+// layer reads into L2.
 //
-// Defined by persistent_cuda.py: CLUSTERS, of CLUSTER blocks; WARPS (of a block), KEYS (most that one attends to);
-// WIDTH, MLP, HEADS, HEAD; QKV_BLOCK, UP_BLOCK, DOWN_BLOCK (of Hadamards; 0 for none); QKV_PERMUTED, UP_PERMUTED,
-// DOWN_PERMUTED; ADAPTIVE (norms with a shift and a gate); EPS; SCALE (of scores, in base 2); SHARED_MEMORY (bytes).
+// Defined by persistent_cuda.py: PASSES (of 16 tokens, over the weights); CLUSTERS, of CLUSTER blocks; WARPS (of a
+// block), KEYS (most that one attends to); WIDTH, MLP, HEADS, HEAD; QKV_BLOCK, UP_BLOCK, DOWN_BLOCK (of Hadamards; 0
+// for none); QKV_PERMUTED, UP_PERMUTED, DOWN_PERMUTED; ADAPTIVE (norms with a shift and a gate); EPS; SCALE (of scores,
+// in base 2); ARRAYS (of a layer, most); SHARED_MEMORY (bytes).
 
 #include "hopper.cuh"
 
@@ -24,11 +28,13 @@ constexpr int SEGMENT = 64;        // bytes of a weight's row that four threads 
 constexpr int PAD = 8;             // elements between rows in shared memory, against bank conflicts
 constexpr int QKV = (HEADS + 2) * HEAD;
 constexpr int NORM = ADAPTIVE ? 3 * WIDTH : WIDTH;
-constexpr int SLICE = HEAD / CLUSTER;  // of a head, that a block finishes
+constexpr int SHARES = 2;  // of the channels of the values, for as many clusters
+constexpr int CHANNELS = HEAD / SHARES;
+constexpr int SLICE = CHANNELS / CLUSTER;  // that a block finishes
 constexpr int BUFFER = QKV + HEADS * HEAD + MLP + 2 * WIDTH;
 constexpr int MOST_CODES = WIDTH + SEGMENT;  // of a row, in a block, and room against bank conflicts
 static_assert(WARPS == ROWS && KEYS == 8 * WARPS && HEAD == 16 * WARPS,
-              "in attention a warp has a row, 8 keys, 16 channels");
+              "in attention a warp has a row, 8 keys, 8 channels");
 
 // Columns are dealt out by eights: so many to a cluster, and of these to a block, to finish.
 template <int N>
@@ -42,6 +48,11 @@ struct Matrix {                // of every layer
     const int64* permutation;  // [K], of the input; null for none
 };
 
+struct Array {  // layer after layer
+    const uint8* first;
+    unsigned bytes;  // of a layer
+};
+
 struct Arguments {
     const bf16* x;  // [tokens, WIDTH]
     bf16* out;      // [tokens, WIDTH]
@@ -53,6 +64,7 @@ struct Arguments {
     const uint8* visible;  // [batch, prefix]; null for all
     const bf16* cos;       // [tokens, HEAD]
     const bf16* sin;
+    Array arrays[ARRAYS];  // all that layers have of their own; the rest without bytes
     int layers, batch, length, prefix, state_first;
 };
 
@@ -64,7 +76,7 @@ struct AttentionMemory {
 
 struct Memory {
     bf16 keys[KEYS][HEAD + PAD];
-    bf16 values[KEYS][HEAD + PAD];
+    bf16 values[KEYS][CHANNELS + PAD];
     uint8 codes[2][ROWS * MOST_CODES];  // of even and odd tiles of rows
     float act_scale[2][ROWS];
     union {
@@ -103,14 +115,15 @@ __device__ void send(unsigned there, unsigned count, uint4 a) {
 // Who asks. Every operation has a copy that the compiler cannot see through: else it keeps all that follows from it in
 // registers, for all layers.
 struct Self {
-    int thread, block;
+    unsigned thread, block;
     int warp, lane, half, rank, cluster;  // rank: of the block in its cluster
     __device__ Self() : Self(threadIdx.x, blockIdx.x) {}
     __device__ Self(const Self& other) : Self(other.thread, other.block) {}
-    __device__ Self(int thread, int block) : thread(thread), block(block) {
+    __device__ Self(unsigned thread, unsigned block) : thread(thread), block(block) {
         asm volatile("" : "+r"(this->thread), "+r"(this->block));
         warp = this->thread / 32, lane = this->thread % 32, half = this->thread / HALF;
         rank = this->block % CLUSTER, cluster = this->block / CLUSTER;
+        __builtin_assume(warp < WARPS && cluster < CLUSTERS);
     }
 };
 
@@ -151,27 +164,47 @@ __device__ bf16 read(const bf16* at) {
 // Numbers go from block to block one by one. A NaN with all bits set is none that the conversion to bf16 gives.
 __device__ bool unwritten(unsigned pair) { return (~pair - 0x00010001) & pair & 0x80008000; }
 
-__device__ uint2 read_written(const uint2* at, bool written) {
+__device__ bool unwritten(uint2 x) { return unwritten(x.x) | unwritten(x.y); }
+__device__ bool unwritten(uint4 x) { return unwritten(x.x) | unwritten(x.y) | unwritten(x.z) | unwritten(x.w); }
+
+__device__ uint2 peek(const uint2* at) {
     uint2 x;
-    do asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(at) : "memory");
-    while (!written && (unwritten(x.x) | unwritten(x.y)));
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(at) : "memory");
     return x;
 }
-__device__ uint4 read_written(const uint4* at, bool written) {
+__device__ uint4 peek(const uint4* at) {
     uint4 x;
-    do
-        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                     : "l"(at)
-                     : "memory");
-    while (!written && (unwritten(x.x) | unwritten(x.y) | unwritten(x.z) | unwritten(x.w)));
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(at)
+                 : "memory");
     return x;
+}
+// By a warp, which stays together: where its lanes part, every shuffle after that takes a detour.
+template <class T>
+__device__ T until_written(T x, const T* at) {
+    while (__any_sync(~0u, unwritten(x))) x = peek(at);
+    return x;
+}
+template <class T>
+__device__ T read_written(const T* at, bool written) {
+    T x = peek(at);
+    return written ? x : until_written(x, at);
 }
 __device__ void write(bf16* at, float x) {
     asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(at), "h"(to_bf16(x)) : "memory");
 }
 __device__ void write(unsigned* at, float low, float high) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(to_pair(low, high)) : "memory");
+}
+
+__device__ float over_127(float x) {  // rounded correctly (Markstein)
+    float y = x * (1.f / 127.f);
+    return fmaf(fmaf(-127.f, y, x), 1.f / 127.f, y);
+}
+__device__ float highest_of_warp(float x) {  // NaN above all
+    auto ordered = [](int bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); };
+    return __int_as_float(ordered(__reduce_max_sync(~0u, ordered(__float_as_int(x)))));
 }
 
 __device__ void fetch_into_l2(const void* at, int bytes) {
@@ -290,7 +323,6 @@ __device__ float transform(const Self& self, const bf16* x_row, bool written,
         }
     }
     if constexpr (BLOCK > 1) butterflies<K, BLOCK>(self, x);
-    const float gain = BLOCK > 1 ? rsqrtf(float(BLOCK)) : 1.f;
     unsigned bits = 0;  // of magnitudes, in order as the numbers are, NaN above all
 #pragma unroll
     for (int i = 0; i < E; i++) bits = max(bits, __float_as_uint(x[i]) & 0x7FFFFFFF);
@@ -299,9 +331,12 @@ __device__ float transform(const Self& self, const bf16* x_row, bool written,
     wait_for_half(self);
 #pragma unroll
     for (int i = 0; i < WARPS / 2; i++) bits = max(bits, memory.largest[self.half * (WARPS / 2) + i]);
-    float largest = __uint_as_float(bits) * gain;
-    float act_scale = largest == 0.f ? 1.f : __fdiv_rn(largest, 127.f);
-    float per_scale = quotient(gain, act_scale);
+    float largest = __uint_as_float(bits);  // of the unnormalised numbers
+    float act_scale = 1.f, per_scale = 0.f;
+    if (largest != 0.f) {
+        per_scale = 127.f * reciprocal(largest);
+        act_scale = over_127(BLOCK > 1 ? largest * rsqrtf(float(BLOCK)) : largest);
+    }
     unsigned codes[E / 4];
 #pragma unroll
     for (int i = 0; i < E; i += 4) {
@@ -340,6 +375,7 @@ __device__ void multiply(int (&sums)[UNITS][4], uint4 low, uint4 low8, uint4 hig
 
 struct Steps {  // how often a block has waited for bytes
     int codes, sums, partial;
+    int looked;  // the observation whose visible keys it knows
 };
 
 // Columns come in pairs, DISTANCE apart, that are finished together.
@@ -363,144 +399,148 @@ struct Share {
     }
 };
 
-// x [tokens, K] through norm, permutation, rotation and rounding, times a matrix [N, K]; `finish` has the sums. What
-// `meanwhile` starts is waited for elsewhere.
-template <int N, int K, int BLOCK, bool NORMED, bool PERMUTED, int DISTANCE, class Finish, class Meanwhile>
-__device__ void matmul(const Self& given_self, const Arguments& given, const Matrix& matrix, int layer, const bf16* x,
-                       bool written, const float* norm, const Finish& finish, const Meanwhile& meanwhile, Steps& steps,
-                       Memory& memory) {
-    constexpr bool WIDE = N > K;
-    constexpr int TILES = TILES_OF_CLUSTER<N>, OWN = OWN_TILES<N>;  // of 8 columns
-    constexpr int RUN = WIDE ? K / 2 : K / 2 / CLUSTER;             // channels that lie together in a block
-    constexpr int STRIDE = 2 * RUN + SEGMENT;                       // from a row's codes to the next one's
-    constexpr int PARTS = WIDE ? CLUSTER : 2;                       // of the segments of a row, for as many warps
-    constexpr int EACH = RUN / SEGMENT / PARTS;                     // segments
-    constexpr int ABREAST = WARPS / PARTS;                          // tiles at a time
-    constexpr int UNITS = ((WIDE ? OWN : TILES) + ABREAST - 1) / ABREAST;  // tiles of a warp
-    constexpr int SOURCES = WIDE ? PARTS : PARTS * CLUSTER;                // of the sums of a column
-    constexpr int ITEMS = (ROWS * OWN * 4 + THREADS - 1) / THREADS;        // a row and a pair of columns, of a thread
+// x [tokens, K] through norm, permutation, rotation and rounding, times a matrix [N, K].
+template <int N, int K, int BLOCK, bool NORMED, bool PERMUTED, int DISTANCE>
+struct Matmul {
+    static constexpr bool WIDE = N > K;
+    static constexpr int TILES = TILES_OF_CLUSTER<N>, OWN = OWN_TILES<N>;  // of 8 columns
+    static constexpr int RUN = WIDE ? K / 2 : K / 2 / CLUSTER;             // channels that lie together in a block
+    static constexpr int STRIDE = 2 * RUN + SEGMENT;                       // from a row's codes to the next one's
+    static constexpr int PARTS = WIDE ? CLUSTER : 2;    // of the segments of a row, for as many warps
+    static constexpr int EACH = RUN / SEGMENT / PARTS;  // segments
+    static constexpr int ABREAST = WARPS / PARTS;       // tiles at a time
+    static constexpr int UNITS = ((WIDE ? OWN : TILES) + ABREAST - 1) / ABREAST;  // tiles of a warp
+    static constexpr int SOURCES = WIDE ? PARTS : PARTS * CLUSTER;                // of the sums of a column
+    static constexpr int ITEMS = (ROWS * OWN * 4 + THREADS - 1) / THREADS;  // a row and a pair of columns, of a thread
     static_assert(EACH * PARTS * SEGMENT == RUN, "no part is empty");
-    static_assert(ROWS * STRIDE <= sizeof(memory.codes[0]), "codes have a place");
-    static_assert(SOURCES * ROWS * OWN * 8 * sizeof(int) <= sizeof(memory.sums), "sums have a place");
+    static_assert(ROWS * STRIDE <= sizeof(Memory::codes[0]), "codes have a place");
+    static_assert(SOURCES * ROWS * OWN * 8 * sizeof(int) <= sizeof(Memory::sums), "sums have a place");
 
-    int tokens = given.batch * given.length;
-    Self self(given_self);
-    Share<N, WIDE> share(self);
-    Channels<K, NORMED, PERMUTED> channels(self, norm, PERMUTED ? matrix.permutation + int64(layer) * K : nullptr);
     uint4 w[UNITS][EACH];
-    {
+
+    __device__ void read_ahead(const Self& given_self, const Matrix& matrix, int layer) {
+        Self self(given_self);
+        Share<N, WIDE> share(self);
         int part = self.warp % PARTS * EACH * SEGMENT + (WIDE ? 0 : self.rank * RUN) + self.lane % 4 * 16;
-        const uint8* weight = matrix.weight + int64(layer) * N * (K / 2) + part;
+        const uint8* weight = matrix.weight + int64(layer) * N * (K / 2);
 #pragma unroll
         for (int unit = 0; unit < UNITS; unit++) {
             int tile = self.warp / PARTS + unit * ABREAST, pair = (share.first + tile) * 4 + self.lane / 8;
             int row = column_of<N, DISTANCE>(pair) + self.lane / 4 % 2 * DISTANCE;
 #pragma unroll
-            for (int i = 0; i < EACH; i++) w[unit][i] = read_weights(weight + min(row, N - 1) * (K / 2) + i * SEGMENT);
-        }
-        if (self.thread < 2 && share.of_cluster == TILES) {  // the next layer's: a part of the cluster's, of each half
-            constexpr int BYTES = TILES * 4 * (K / 2) / CLUSTER;
-            int row =
-                column_of<N, DISTANCE>(self.cluster * TILES * 4) + self.thread * (DISTANCE > 1 ? DISTANCE : TILES * 4);
-            const uint8* next = matrix.weight + (int64((layer + 1) % given.layers) * N + row) * (K / 2);
-            fetch_into_l2(next + self.rank * BYTES, BYTES);
+            for (int i = 0; i < EACH; i++)
+                w[unit][i] = read_weights(weight + unsigned(min(row, N - 1) * (K / 2) + part + i * SEGMENT));
         }
     }
-    for (int first = 0; first < tokens; first += ROWS) {
-        Self self(given_self);
-        int rows = min(ROWS, tokens - first), mine = self.rank + self.half * CLUSTER, step = steps.codes++;
-        uint8* codes = memory.codes[step % 2];
-        uint64* codes_there = &memory.codes_there[step % 2];
-        if (self.thread == 0) {
-            expect(codes_there, rows * 2 * RUN + ROWS * int(sizeof(float)));
-            if (!WIDE) expect(&memory.sums_there, SOURCES * rows * share.own * 8 * int(sizeof(int)));
-        }
-        float act_scale = 0.f;
-        if (mine < rows) {
-            bf16* row = memory.row[self.half];
-            uint8* coded = reinterpret_cast<uint8*>(row);
-            act_scale = transform<K, BLOCK>(self, x + int64(first + mine) * K, written, channels, row, coded, memory);
-            wait_for_half(self);
+
+    // `finish` takes the sums; `next` is called once the weights are used.
+    template <class Finish, class Next>
+    __device__ void run(const Self& given_self, const Arguments& given, const Matrix& matrix, int layer, const bf16* x,
+                        bool written, const float* norm, const Finish& finish, const Next& next, Steps& steps,
+                        Memory& memory) {
+        int tokens = given.batch * given.length;
+        Share<N, WIDE> share(given_self);
+        Channels<K, NORMED, PERMUTED> channels(given_self, norm,
+                                               PERMUTED ? matrix.permutation + int64(layer) * K : nullptr);
+        for (int first = 0; first < PASSES * ROWS; first += ROWS) {
+            Self self(given_self);
+            int rows = min(ROWS, tokens - first), mine = self.rank + self.half * CLUSTER, step = steps.codes++;
+            uint8* codes = memory.codes[step % 2];
+            uint64* codes_there = &memory.codes_there[step % 2];
+            if (self.thread == 0) {
+                expect(codes_there, rows * 2 * RUN + ROWS * int(sizeof(float)));
+                if (!WIDE) expect(&memory.sums_there, SOURCES * rows * share.own * 8 * int(sizeof(int)));
+            }
+            float act_scale = 0.f;
+            if (mine < rows) {
+                bf16* row = memory.row[self.half];
+                uint8* coded = reinterpret_cast<uint8*>(row);
+                act_scale =
+                    transform<K, BLOCK>(self, x + unsigned((first + mine) * K), written, channels, row, coded, memory);
+                wait_for_half(self);
 #pragma unroll
-            for (int to = self.warp % (WARPS / 2); to < CLUSTER; to += WARPS / 2) {
-                unsigned there = in_block(codes + mine * STRIDE, to), count = in_block(codes_there, to);
+                for (int to = self.warp % (WARPS / 2); to < CLUSTER; to += WARPS / 2) {
+                    unsigned there = in_block(codes + mine * STRIDE, to), count = in_block(codes_there, to);
 #pragma unroll
-                for (int at = self.lane * 16; at < 2 * RUN; at += 512) {
-                    int from = WIDE ? at : at / RUN * (K / 2) + to * RUN + at % RUN;
-                    send(there + at, count, *reinterpret_cast<uint4*>(coded + from));
+                    for (int at = self.lane * 16; at < 2 * RUN; at += 512) {
+                        int from = WIDE ? at : at / RUN * (K / 2) + to * RUN + at % RUN;
+                        send(there + at, count, *reinterpret_cast<uint4*>(coded + from));
+                    }
+                }
+                wait_for_half(self);  // until all is sent: sums may come here next
+            }  // all send something: who has it from all knows that all are here
+            if (self.thread % HALF < CLUSTER) {
+                int to = self.thread % HALF;
+                send(in_block(&memory.act_scale[step % 2][mine], to), in_block(codes_there, to),
+                     __float_as_uint(act_scale));
+            }
+
+            int row[ITEMS], pair[ITEMS], column[ITEMS];
+            float scale[ITEMS], scale2[ITEMS];
+            typename Finish::Operands operands[ITEMS];
+#pragma unroll
+            for (int i = 0; i < ITEMS; i++) {
+                if (i * THREADS >= rows * OWN * 4) break;
+                int item = self.thread + i * THREADS;
+                pair[i] = item % (OWN * 4), row[i] = pair[i] / 4 < share.own ? item / (OWN * 4) : ROWS;
+                if (row[i] >= rows) continue;
+                column[i] = column_of<N, DISTANCE>((self.cluster * TILES + self.rank * OWN) * 4 + pair[i]);
+                scale[i] = read(matrix.scale + layer * N + column[i]);
+                scale2[i] = read(matrix.scale + layer * N + column[i] + DISTANCE);
+                operands[i] = finish.read(first + row[i], column[i]);
+            }
+            wait_for_bytes(codes_there, step / 2);
+            int group = self.lane / 4, lane = self.lane % 4, part = self.warp % PARTS;
+            int sums[UNITS][4] = {};
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const uint8* at = codes + group * STRIDE + (part * EACH + i) * SEGMENT + lane * 16;
+                auto row = [&](int from) { return *reinterpret_cast<const uint4*>(at + from); };
+                uint4 low = row(0), low8 = row(8 * STRIDE), high = row(RUN), high8 = row(8 * STRIDE + RUN);
+                multiply<UNITS, EACH>(sums, low, low8, high, high8, w, i);
+            }
+#pragma unroll
+            for (int unit = 0; unit < UNITS; unit++) {
+                int tile = self.warp / PARTS + unit * ABREAST;
+                if (tile >= share.tiles) break;
+                int source = WIDE ? part : self.rank * PARTS + part;
+                int* place = &memory.sums[(source * ROWS + group) * (OWN * 8) + tile % OWN * 8 + lane * 2];
+                constexpr int LOWER = 8 * OWN * 8;  // eight rows below
+                if constexpr (WIDE) {
+                    *reinterpret_cast<int2*>(place) = make_int2(sums[unit][0], sums[unit][1]);
+                    *reinterpret_cast<int2*>(place + LOWER) = make_int2(sums[unit][2], sums[unit][3]);
+                } else {
+                    unsigned there = in_block(place, tile / OWN), count = in_block(&memory.sums_there, tile / OWN);
+                    if (group < rows) send(there, count, sums[unit][0], sums[unit][1]);
+                    if (group + 8 < rows) send(there + LOWER * sizeof(int), count, sums[unit][2], sums[unit][3]);
                 }
             }
-            wait_for_half(self);  // until all is sent: sums may come here next
-        }  // all send something: who has it from all knows that all are here
-        if (self.thread % HALF < CLUSTER) {
-            int to = self.thread % HALF;
-            send(in_block(&memory.act_scale[step % 2][mine], to), in_block(codes_there, to),
-                 __float_as_uint(act_scale));
-        }
-
-        if (first == 0) meanwhile();
-        int row[ITEMS], pair[ITEMS], column[ITEMS];
-        float scale[ITEMS], scale2[ITEMS];
-        typename Finish::Operands operands[ITEMS];
+            if constexpr (PASSES == 1) next();
+            if constexpr (WIDE)
+                __syncthreads();
+            else
+                wait_for_bytes(&memory.sums_there, steps.sums++);
 #pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
-            if (i * THREADS >= rows * OWN * 4) break;
-            int item = self.thread + i * THREADS;
-            pair[i] = item % (OWN * 4), row[i] = pair[i] / 4 < share.own ? item / (OWN * 4) : ROWS;
-            if (row[i] >= rows) continue;
-            column[i] = column_of<N, DISTANCE>((self.cluster * TILES + self.rank * OWN) * 4 + pair[i]);
-            scale[i] = read(matrix.scale + layer * N + column[i]);
-            scale2[i] = read(matrix.scale + layer * N + column[i] + DISTANCE);
-            operands[i] = finish.read(first + row[i], column[i]);
-        }
-        wait_for_bytes(codes_there, step / 2);
-        int group = self.lane / 4, lane = self.lane % 4, part = self.warp % PARTS;
-        int sums[UNITS][4] = {};
+            for (int i = 0; i < ITEMS; i++) {
+                if (i * THREADS >= rows * OWN * 4) break;
+                if (row[i] >= rows) continue;
+                int a = 0, b = 0;
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const uint8* at = codes + group * STRIDE + (part * EACH + i) * SEGMENT + lane * 16;
-            auto row = [&](int from) { return *reinterpret_cast<const uint4*>(at + from); };
-            uint4 low = row(0), low8 = row(8 * STRIDE), high = row(RUN), high8 = row(8 * STRIDE + RUN);
-            multiply<UNITS, EACH>(sums, low, low8, high, high8, w, i);
-        }
-#pragma unroll
-        for (int unit = 0; unit < UNITS; unit++) {
-            int tile = self.warp / PARTS + unit * ABREAST;
-            if (tile >= share.tiles) break;
-            int source = WIDE ? part : self.rank * PARTS + part;
-            int* place = &memory.sums[(source * ROWS + group) * (OWN * 8) + tile % OWN * 8 + lane * 2];
-            constexpr int LOWER = 8 * OWN * 8;  // eight rows below
-            if constexpr (WIDE) {
-                *reinterpret_cast<int2*>(place) = make_int2(sums[unit][0], sums[unit][1]);
-                *reinterpret_cast<int2*>(place + LOWER) = make_int2(sums[unit][2], sums[unit][3]);
-            } else {
-                unsigned there = in_block(place, tile / OWN), count = in_block(&memory.sums_there, tile / OWN);
-                if (group < rows) send(there, count, sums[unit][0], sums[unit][1]);
-                if (group + 8 < rows) send(there + LOWER * sizeof(int), count, sums[unit][2], sums[unit][3]);
+                for (int source = 0; source < SOURCES; source++) {
+                    int2 sums =
+                        *reinterpret_cast<int2*>(&memory.sums[(source * ROWS + row[i]) * (OWN * 8) + pair[i] * 2]);
+                    a += sums.x;
+                    b += sums.y;
+                }
+                float act_scale = memory.act_scale[step % 2][row[i]];
+                finish.write(first + row[i], column[i], float(a >> 4) * scale[i] * act_scale,
+                             float(b >> 4) * scale2[i] * act_scale, operands[i]);
             }
-        }
-        if constexpr (WIDE)
             __syncthreads();
-        else
-            wait_for_bytes(&memory.sums_there, steps.sums++);
-#pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
-            if (i * THREADS >= rows * OWN * 4) break;
-            if (row[i] >= rows) continue;
-            int a = 0, b = 0;
-#pragma unroll
-            for (int source = 0; source < SOURCES; source++) {
-                int2 sums = *reinterpret_cast<int2*>(&memory.sums[(source * ROWS + row[i]) * (OWN * 8) + pair[i] * 2]);
-                a += sums.x;
-                b += sums.y;
-            }
-            float act_scale = memory.act_scale[step % 2][row[i]];
-            finish.write(first + row[i], column[i], float(a >> 4) * scale[i] * act_scale,
-                         float(b >> 4) * scale2[i] * act_scale, operands[i]);
         }
-        __syncthreads();
+        if constexpr (PASSES > 1) next();
     }
-}
+};
 
 // How the sums of a pair of columns are finished.
 
@@ -575,163 +615,207 @@ struct Attention {
     const bf16* heads;  // [tokens, QKV]
     bf16* out;          // [tokens, HEADS * HEAD]
     Self self;
-    int layer, first, keys;  // of this block: the cached ones, then the tokens' own
+    int layer, blocks;  // blocks: of pairs, of an observation
+    int first, keys;    // of this block: the cached ones, then the tokens' own
 
     __device__ Attention(const Self& self, const Arguments& given, int layer, const bf16* heads, bf16* out,
                          Memory& memory)
         : given(given), memory(memory), heads(heads), out(out), self(self), layer(layer) {
-        int all = given.prefix + given.length;
-        keys = ((all + CLUSTER - 1) / CLUSTER + 15) / 16 * 16;
-        first = self.rank * keys;
+        int all = given.prefix + given.length, each = ((all + CLUSTER - 1) / CLUSTER + 15) / 16 * 16;
+        first = self.rank * each;
+        keys = min(each, (all - first + 15) / 16 * 16);  // none, or less, if the others have all
+        blocks = (given.length * HEADS + ROWS - 1) / ROWS;
     }
-    __device__ int blocks() const { return (given.length * HEADS + ROWS - 1) / ROWS; }
+
+    struct Unit {  // what a cluster does at a time: a block of pairs, a share of the channels
+        int group, block;
+        __device__ int element() const { return group / SHARES; }
+        __device__ int share() const { return group % SHARES; }
+    };
+    __device__ Unit unit(int group, int block) const {
+        for (; block >= blocks; block -= blocks) group++;
+        return {group, block};
+    }
+    __device__ bool exists(const Unit& unit) const { return unit.group < given.batch * SHARES; }
 
     __device__ void read_ahead() const {
-        if (self.cluster < blocks() * given.batch) read_cached(self.cluster / blocks());
+        Unit unit = this->unit(0, self.cluster);
+        if (exists(unit)) read_cached(unit);
     }
-    __device__ void read_cached(int element) const {  // asynchronously
-        int64 start = (int64(layer) * given.batch + element) * given.prefix;
-        int d = self.lane * 8;
-        for (int i = self.warp; i < keys && first + i < given.prefix; i += WARPS) {
-            int64 at = (start + first + i) * HEAD;
-            copy_async(&memory.keys[i][d], given.keys + at + d);
-            copy_async(&memory.values[i][d], given.values + at + d);
-        }
+    __device__ void read_cached(const Unit& unit) const {  // asynchronously
+        int rows = min(keys, given.prefix - first);
+        int64 start = ((int64(layer) * given.batch + unit.element()) * given.prefix + first) * HEAD;
+        const bf16 *key = given.keys + start, *value = given.values + start + unit.share() * CHANNELS;
+        for (int i = self.warp, d = self.lane * 8; i < rows; i += WARPS)
+            copy_async(&memory.keys[i][d], key + unsigned(i * HEAD + d));
+        constexpr int LANES = CHANNELS / 8;  // of a row
+        for (int i = self.thread / LANES, d = self.thread % LANES * 8; i < rows; i += THREADS / LANES)
+            copy_async(&memory.values[i][d], value + unsigned(i * HEAD + d));
+    }
+    __device__ void look(int element) const {  // which keys are to be seen
+        int key = first + self.thread;
+        if (int(self.thread) >= keys) return;
+        uint8 seen = key < given.prefix + given.length;
+        if (given.visible != nullptr && key < given.prefix) seen = given.visible[element * given.prefix + key];
+        memory.seen[self.thread] = seen;
     }
 
-    __device__ void read_own(int element) const {
-        int key = first + self.thread;
-        uint8 seen = key < given.prefix + given.length;
-        if (given.visible != nullptr && self.thread < keys && key < given.prefix)
-            seen = given.visible[element * given.prefix + key];
-        for (int i = self.warp; i < keys; i += WARPS) {
+    __device__ void read_own(const Unit& unit) const {  // q, and of the tokens' own keys and values what is here
+        int pair = unit.block * ROWS + self.warp, d = self.lane * 8, row = unit.element() * given.length;
+        auto at = [&](int token, int column) {
+            return reinterpret_cast<const uint4*>(heads + unsigned((row + token) * QKV + column));
+        };
+        const uint4* q_at = at(pair / HEADS, pair % HEADS * HEAD + d);
+        bool asks = pair < given.length * HEADS;
+        uint4 none = make_uint4(0, 0, 0, 0), q = asks ? peek(q_at) : none;
+        for (int i = max(given.prefix - first, 0) + self.warp; i < keys; i += WARPS) {
             int own = first + i - given.prefix;
-            if (own < 0) continue;
-            const bf16* at = heads + int64(element * given.length + own) * QKV + HEADS * HEAD;
-            int d = self.lane * 8;
-            uint4 k = make_uint4(0, 0, 0, 0), v = k;
+            uint4 k = none, v = none;
             if (own < given.length) {
-                k = read_written(reinterpret_cast<const uint4*>(at + d), false);
-                v = read_written(reinterpret_cast<const uint4*>(at + HEAD + d), false);
+                const uint4 *k_at = at(own, HEADS * HEAD + d), *v_at = at(own, (HEADS + 1) * HEAD + d);
+                k = peek(k_at), v = peek(v_at);
+                k = until_written(k, k_at), v = until_written(v, v_at);
             }
             *reinterpret_cast<uint4*>(&memory.keys[i][d]) = k;
-            *reinterpret_cast<uint4*>(&memory.values[i][d]) = v;
+            if (d / CHANNELS == unit.share()) *reinterpret_cast<uint4*>(&memory.values[i][d % CHANNELS]) = v;
         }
-        if (self.thread < keys) memory.seen[self.thread] = seen;
+        if (asks) q = until_written(q, q_at);
+        *reinterpret_cast<uint4*>(&memory.attention.q[self.warp][d]) = q;
         asm volatile("cp.async.wait_all;" ::: "memory");
     }
 
     __device__ void score(int block) const {  // a warp has 16 keys, and half of the channels
         AttentionMemory& own = memory.attention;
-        int lane = self.lane, tile = self.warp / 2 * 16, part = self.warp % 2 * (HEAD / 2);
+        int lane = self.lane, tile = self.warp / 2 * 16, part = self.warp % 2;
         if (tile >= keys) return;
         float sums[2][4] = {};
-#pragma unroll 2
-        for (int d = part; d < part + HEAD / 2; d += 16) {
+#pragma unroll
+        for (int i = 0; i < HEAD / 32; i++) {
             unsigned a[4], b[4];
+            int d = part * (HEAD / 2) + i * 16;
             load_matrices(a, &own.q[lane % 16][d + lane / 16 * 8]);
             load_matrices(b, &memory.keys[tile + lane / 16 * 8 + lane % 8][d + lane / 8 % 2 * 8]);
             multiply(sums[0], a, b[0], b[1]);
             multiply(sums[1], a, b[2], b[3]);
         }
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            int row = lane / 4 + i % 4 / 2 * 8, key = tile + i / 4 * 8 + lane % 4 * 2 + i % 2;
-            bool seen = memory.seen[key];
-            if (given.state_first && first + key > given.prefix) seen = seen && block * ROWS + row >= HEADS;
-            own.scores[self.warp % 2][row][key] = seen ? sums[i / 4][i % 4] * SCALE : lowest();
+        for (int i = 0; i < 2; i++) {
+            int key = tile + i * 8 + lane % 4 * 2;
+            bool seen = memory.seen[key], seen2 = memory.seen[key + 1];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                int row = lane / 4 + j * 8;
+                bool state = given.state_first && block * ROWS + row < HEADS;  // it sees none of the tokens after it
+                float2 pair;
+                pair.x = seen && !(state && first + key > given.prefix) ? sums[i][2 * j] * SCALE : lowest();
+                pair.y = seen2 && !(state && first + key >= given.prefix) ? sums[i][2 * j + 1] * SCALE : lowest();
+                *reinterpret_cast<float2*>(&own.scores[part][row][key]) = pair;
+            }
         }
     }
 
-    __device__ void weigh() const {  // a warp has a row
+    __device__ float2 weigh() const {  // a warp has a row; returns the highest score, and a lane's sum of weights
         AttentionMemory& own = memory.attention;
         int row = self.warp, lane = self.lane;
         float x[KEYS / 32], best = lowest(), total = 0.f;
 #pragma unroll
         for (int i = 0; i < KEYS / 32; i++) {
-            x[i] =
-                lane + i * 32 < keys ? own.scores[0][row][lane + i * 32] + own.scores[1][row][lane + i * 32] : lowest();
+            int key = lane + i * 32;
+            x[i] = key < keys ? own.scores[0][row][key] + own.scores[1][row][key] : lowest();
             best = fmaxf(best, x[i]);
         }
-        for (int i = 16; i > 0; i /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, i));
+        best = highest_of_warp(best);
         float from = best == lowest() ? 0.f : best;
 #pragma unroll
         for (int i = 0; i < KEYS / 32; i++) {
             float weight = exp2_of(x[i] - from);
             total += weight;
-            if (lane + i * 32 < keys) own.weights[row][lane + i * 32] = to_bf16(weight);
+            own.weights[row][lane + i * 32] = to_bf16(weight);
         }
-        for (int i = 16; i > 0; i /= 2) total += __shfl_xor_sync(~0u, total, i);
-        if (lane < CLUSTER)
-            send(in_block(&memory.totals[self.rank][row], lane), in_block(&memory.partial_there, lane),
-                 __float_as_uint(best), __float_as_uint(total));
+        return {best, total};
     }
 
-    __device__ void sum_values() const {  // a warp has 16 channels
+    __device__ void sum_values() const {  // a warp has 8 channels
         AttentionMemory& own = memory.attention;
-        int lane = self.lane, d = self.warp * 16;
+        int lane = self.lane, d = self.warp * 8;
         float sums[2][4] = {};
-        for (int key = 0; key < keys; key += 16) {
-            unsigned a[4], b[4];
-            load_matrices(a, &own.weights[lane % 16][key + lane / 16 * 8]);
-            load_transposed(b, &memory.values[key + lane % 16][d + lane / 16 * 8]);
-            multiply(sums[0], a, b[0], b[1]);
-            multiply(sums[1], a, b[2], b[3]);
-        }
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int channel = d + i * 8 + lane % 4 * 2, to = channel / SLICE;
-            unsigned there = in_block(&memory.partial[self.rank][lane / 4][channel % SLICE], to);
-            unsigned count = in_block(&memory.partial_there, to);
-            send(there, count, __float_as_uint(sums[i][0]), __float_as_uint(sums[i][1]));
-            send(there + 8 * SLICE * sizeof(float), count, __float_as_uint(sums[i][2]), __float_as_uint(sums[i][3]));
+        for (int key = 0; key < KEYS; key += 32) {
+            if (key >= keys) break;
+            unsigned a[4], a2[4], b[4];
+            load_matrices(a, &own.weights[lane % 16][key + lane / 16 * 8]);
+            load_matrices(a2, &own.weights[lane % 16][key + 16 + lane / 16 * 8]);
+            load_transposed(b, &memory.values[min(key + lane, keys - 1)][d]);
+            multiply(sums[0], a, b[0], b[1]);
+            multiply(sums[1], a2, b[2], b[3]);
         }
+        int channel = d + lane % 4 * 2, to = d / SLICE;
+        unsigned there = in_block(&memory.partial[self.rank][lane / 4][channel % SLICE], to);
+        unsigned count = in_block(&memory.partial_there, to);
+        send(there, count, __float_as_uint(sums[0][0] + sums[1][0]), __float_as_uint(sums[0][1] + sums[1][1]));
+        send(there + 8 * SLICE * sizeof(float), count, __float_as_uint(sums[0][2] + sums[1][2]),
+             __float_as_uint(sums[0][3] + sums[1][3]));
     }
 
-    __device__ void finish(int element, int block) const {  // a warp has a row
-        int row = self.warp, pair = block * ROWS + row;
-        float highest = lowest(), total = 0.f;
+    __device__ void send_totals(float2 of_row) const {
+        for (int i = 16; i > 0; i /= 2) of_row.y += __shfl_xor_sync(~0u, of_row.y, i);
+        if (self.lane < CLUSTER)
+            send(in_block(&memory.totals[self.rank][self.warp], self.lane), in_block(&memory.partial_there, self.lane),
+                 __float_as_uint(of_row.x), __float_as_uint(of_row.y));
+    }
+
+    __device__ void finish(const Unit& unit) const {  // a thread has two channels of a row
+        int row = self.thread / (SLICE / 2), d = self.thread % (SLICE / 2) * 2, pair = unit.block * ROWS + row;
+        if (row >= ROWS || pair >= given.length * HEADS) return;
+        float highest = lowest(), total = 0.f, y = 0.f, y2 = 0.f;
 #pragma unroll
         for (int i = 0; i < CLUSTER; i++) highest = fmaxf(highest, memory.totals[i][row].x);
         if (highest == lowest()) highest = 0.f;
-        float weights[CLUSTER];
 #pragma unroll
         for (int i = 0; i < CLUSTER; i++) {
-            float2 part = memory.totals[i][row];
-            weights[i] = exp2_of(part.x - highest);
-            total += weights[i] * part.y;
+            float2 part = memory.totals[i][row], sums = *reinterpret_cast<float2*>(&memory.partial[i][row][d]);
+            float weight = exp2_of(part.x - highest);
+            total += weight * part.y;
+            y += weight * sums.x;
+            y2 += weight * sums.y;
         }
-        if (pair >= given.length * HEADS) return;
-        bf16* slice = out + (int64(element) * given.length * HEADS + pair) * HEAD + self.rank * SLICE;
-        static_assert(SLICE == 32, "a lane has a channel");
-        float y = 0.f;
-#pragma unroll
-        for (int i = 0; i < CLUSTER; i++) y += weights[i] * memory.partial[i][row][self.lane];
-        write(slice + self.lane, quotient(y, total > 0.f ? total : 1.f));
+        float each = total > 0.f ? reciprocal(total) : 1.f;
+        int at =
+            (unit.element() * given.length * HEADS + pair) * HEAD + unit.share() * CHANNELS + self.rank * SLICE + d;
+        write(reinterpret_cast<unsigned*>(out + unsigned(at)), y * each, y2 * each);
     }
 
-    __device__ void run(Steps& steps) const {
-        int loaded = self.cluster / blocks();
-        for (int unit = self.cluster; unit < blocks() * given.batch; unit += CLUSTERS) {
-            int element = unit / blocks(), block = unit % blocks();
-            if (unit > self.cluster) wait_for_cluster();  // until the last partial sums are read
+    // What a layer reads, into L2, by the clusters that have no unit; by all if all have one.
+    __device__ void fetch(int layer) const {
+        int busy = min(blocks * SHARES * given.batch, CLUSTERS) % CLUSTERS;
+        if (self.cluster < busy || self.warp > 0 || self.lane >= ARRAYS) return;
+        Array array = given.arrays[self.lane];
+        unsigned parts = (CLUSTERS - busy) * CLUSTER, each = (array.bytes / parts + 16) / 16 * 16;
+        unsigned from = (self.block - busy * CLUSTER) * each;
+        if (from < array.bytes)
+            fetch_into_l2(array.first + int64(layer) * array.bytes + from, min(each, array.bytes - from));
+    }
+
+    __device__ void run(int following, Steps& steps) const {
+        Unit unit = this->unit(0, self.cluster);
+        fetch(following);
+        for (int loaded = unit.group; exists(unit);) {
             if (self.thread == 0) expect(&memory.partial_there, int(sizeof(memory.partial) + sizeof(memory.totals)));
-            if (element != loaded) read_cached(element);
-            if (element != loaded || unit == self.cluster) read_own(element);
-            loaded = element;
-            int pair = block * ROWS + self.warp, d = self.lane * 8;
-            const bf16* at = heads + int64(element * given.length + pair / HEADS) * QKV + pair % HEADS * HEAD + d;
-            uint4 q = make_uint4(0, 0, 0, 0);
-            if (pair < given.length * HEADS) q = read_written(reinterpret_cast<const uint4*>(at), false);
-            *reinterpret_cast<uint4*>(&memory.attention.q[self.warp][d]) = q;
+            if (unit.group != loaded) read_cached(unit);
+            if (unit.element() != steps.looked) look(unit.element());
+            loaded = unit.group, steps.looked = unit.element();
+            read_own(unit);
             __syncthreads();
-            score(block);
+            score(unit.block);
             __syncthreads();
-            weigh();
+            float2 of_row = weigh();
             __syncthreads();
             sum_values();
+            send_totals(of_row);
             wait_for_bytes(&memory.partial_there, steps.partial++);
-            finish(element, block);
+            finish(unit);
+            unit = this->unit(unit.group, unit.block + CLUSTERS);
+            if (exists(unit)) wait_for_cluster();  // until the partial sums are read
         }
         __syncthreads();
     }
@@ -753,26 +837,38 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         publish_counts();
     }
     wait_for_cluster();
-    Steps steps = {};
-    auto nothing = [] {};
-    int64 tokens = given.batch * given.length;
+    Steps steps = {0, 0, 0, -1};
+    Matmul<QKV, WIDTH, QKV_BLOCK, true, QKV_PERMUTED, HEAD / 2> qkv;
+    Matmul<WIDTH, HEADS * HEAD, 0, false, false, 1> o;
+    Matmul<2 * MLP, WIDTH, UP_BLOCK, true, UP_PERMUTED, MLP> gate_up;
+    Matmul<WIDTH, MLP, DOWN_BLOCK, false, DOWN_PERMUTED, 1> down;
+    unsigned tokens = given.batch * given.length;
     const bf16* x = given.x;
+    qkv.read_ahead(self, given.qkv, 0);
+    Attention(self, given, 0, nullptr, nullptr, memory).read_ahead();
     for (int layer = 0; layer < given.layers; layer++) {
         const float *norm = given.norms + 2 * layer * NORM, *norm2 = norm + NORM;
         bf16* heads = given.buffers + layer * tokens * BUFFER;
-        bf16 *attended = heads + tokens * QKV, *middle = attended + tokens * HEADS * HEAD;
+        bf16 *attended = heads + tokens * QKV, *middle = attended + tokens * (HEADS * HEAD);
         bf16 *hidden = middle + tokens * WIDTH, *out = layer + 1 < given.layers ? hidden + tokens * MLP : given.out;
-        matmul<QKV, WIDTH, QKV_BLOCK, true, QKV_PERMUTED, HEAD / 2>(
+        int following = layer + 1 < given.layers ? layer + 1 : 0;
+        qkv.run(
             self, given, given.qkv, layer, x, layer == 0, norm, Turned{given.cos, given.sin, heads},
-            [&] { Attention(self, given, layer, heads, attended, memory).read_ahead(); }, steps, memory);
-        Attention(self, given, layer, heads, attended, memory).run(steps);
-        matmul<WIDTH, HEADS * HEAD, 0, false, false, 1>(self, given, given.o, layer, attended, false, nullptr,
-                                                        Added{x, norm + 2 * WIDTH, middle}, nothing, steps, memory);
-        matmul<2 * MLP, WIDTH, UP_BLOCK, true, UP_PERMUTED, MLP>(self, given, given.gate_up, layer, middle, false,
-                                                                 norm2, Gated{hidden}, nothing, steps, memory);
-        matmul<WIDTH, MLP, DOWN_BLOCK, false, DOWN_PERMUTED, 1>(self, given, given.down, layer, hidden, false, nullptr,
-                                                                Added{middle, norm2 + 2 * WIDTH, out}, nothing, steps,
-                                                                memory);
+            [&] { o.read_ahead(self, given.o, layer); }, steps, memory);
+        Attention(self, given, layer, heads, attended, memory).run(following, steps);
+        o.run(
+            self, given, given.o, layer, attended, false, nullptr, Added{x, norm + 2 * WIDTH, middle},
+            [&] { gate_up.read_ahead(self, given.gate_up, layer); }, steps, memory);
+        gate_up.run(
+            self, given, given.gate_up, layer, middle, false, norm2, Gated{hidden},
+            [&] {
+                down.read_ahead(self, given.down, layer);
+                Attention(self, given, following, nullptr, nullptr, memory).read_ahead();
+            },
+            steps, memory);
+        down.run(
+            self, given, given.down, layer, hidden, false, nullptr, Added{middle, norm2 + 2 * WIDTH, out},
+            [&] { qkv.read_ahead(self, given.qkv, following); }, steps, memory);
         x = out;
     }
     wait_for_cluster();  // nobody sends to a block that is gone

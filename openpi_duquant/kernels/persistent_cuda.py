@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 _SOURCE = pathlib.Path(__file__).with_name("persistent.cu")
 _KERNEL = "run_layers"
 _CLUSTER, _WARPS, _KEYS = 8, 16, 128
+_ROWS = 16  # tokens that the tensor cores take at a time
 _MOST_CLUSTERS = 16
 _SHARED_MEMORY = 227 * 1024
 _WIDTH, _MLP, _HEADS, _HEAD = 1024, 4096, 8, 256  # of Gemma 300M
 _LARGEST_BLOCK = 128  # of a Hadamard: what one warp has
+_ARRAYS = 16  # of a layer: buffers, three of each matrix, norms, keys, values
 
 _logger = logging.getLogger(__name__)
 
@@ -36,11 +38,16 @@ class _Matrix(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scale", "permutation")]
 
 
+class _Array(ctypes.Structure):
+    _fields_ = [("first", ctypes.c_void_p), ("bytes", ctypes.c_uint)]
+
+
 class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "out", "buffers")),
         *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down")),
         *((name, ctypes.c_void_p) for name in ("norms", "keys", "values", "visible", "cos", "sin")),
+        ("arrays", _Array * _ARRAYS),
         *((name, ctypes.c_int) for name in ("layers", "batch", "length", "prefix", "state_first")),
     ]
 
@@ -79,7 +86,9 @@ def launch(
     matrices = (_Matrix(*map(_address, matrix[:3])) for matrix in stack[:4])
     tensors = map(_address, (norms, keys, values, visible, cos, sin))
     sizes = layers, batch, length, prefix, state_first
-    arguments = _Arguments(*map(_address, (x, out, buffers)), *matrices, *tensors, *sizes)
+    of_layers = buffers, *(part for matrix in stack[:4] for part in matrix[:3]), norms, keys, values
+    arrays = (_Array * _ARRAYS)(*((part.data_ptr(), part.nbytes // layers) for part in of_layers if part is not None))
+    arguments = _Arguments(*map(_address, (x, out, buffers)), *matrices, *tensors, arrays, *sizes)
     function((clusters * _CLUSTER, 1, 1), 32 * _WARPS, [arguments], cooperative=True)
     return out
 
@@ -92,20 +101,21 @@ def _kernel_for(x: Tensor, stack: "Stack") -> tuple[driver.Function, int] | None
     rotated = stack.qkv, stack.gate_up, stack.down
     blocks = tuple(matrix.hadamard for matrix in rotated)
     permuted = tuple(matrix.permutation is not None for matrix in rotated)
-    return _kernel(x.device, blocks, permuted, adaptive=stack.norms is None)
+    passes = -(-x.shape[0] * x.shape[1] // _ROWS)
+    return _kernel(x.device, blocks, permuted, adaptive=stack.norms is None, passes=passes)
 
 
 @functools.cache
 def _kernel(
-    device: torch.device, blocks: tuple[int, ...], permuted: tuple[bool, ...], *, adaptive: bool
+    device: torch.device, blocks: tuple[int, ...], permuted: tuple[bool, ...], *, adaptive: bool, passes: int
 ) -> tuple[driver.Function, int] | None:
     """The kernel, and how many clusters it runs in; None, and why, where it does not run."""
     if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < _SHARED_MEMORY:
         return None
     constants = {
-        "CLUSTER": _CLUSTER, "WARPS": _WARPS, "KEYS": _KEYS, "WIDTH": _WIDTH, "MLP": _MLP, "HEADS": _HEADS,
-        "HEAD": _HEAD, "ADAPTIVE": int(adaptive), "EPS": f"{NORM_EPS}f", "SHARED_MEMORY": _SHARED_MEMORY,
-        "SCALE": f"{_HEAD**-0.5 * math.log2(math.e)}f",
+        "PASSES": passes, "CLUSTER": _CLUSTER, "WARPS": _WARPS, "KEYS": _KEYS, "WIDTH": _WIDTH, "MLP": _MLP,
+        "HEADS": _HEADS, "HEAD": _HEAD, "ARRAYS": _ARRAYS, "ADAPTIVE": int(adaptive), "EPS": f"{NORM_EPS}f",
+        "SCALE": f"{_HEAD**-0.5 * math.log2(math.e)}f", "SHARED_MEMORY": _SHARED_MEMORY,
     }  # fmt: skip
     for name, block, by_index in zip(("QKV", "UP", "DOWN"), blocks, permuted, strict=True):
         constants |= {f"{name}_BLOCK": block, f"{name}_PERMUTED": int(by_index)}

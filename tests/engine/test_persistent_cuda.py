@@ -25,6 +25,8 @@ from openpi_duquant.engine import load_policy
 from openpi_duquant.kernels import driver
 from openpi_duquant.kernels import persistent_cuda
 from openpi_duquant.kernels import persistent_triton
+from openpi_duquant.kernels.persistent import Matrix
+from openpi_duquant.kernels.persistent import Stack
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 NVCC = shutil.which("nvcc")
@@ -136,12 +138,25 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
 
 
 def kernel() -> object:
-    return persistent_cuda._kernel(torch.device("cuda", 0), (64, 64, 64), (True, True, False), adaptive=True)
+    return persistent_cuda._kernel(torch.device("cuda", 0), (64, 64, 64), (True, True, False), adaptive=True, passes=1)
 
 
 def test_it_is_compiled_for_as_many_clusters_as_run_at_a_time(hopper: list[object]) -> None:
     assert kernel()[1] == 15
     assert hopper == [16, 15]
+
+
+@pytest.mark.parametrize(("shape", "passes"), [((1, 1), 1), ((1, 16), 1), ((1, 17), 2), ((4, 10), 3), ((1, 64), 4)])
+def test_it_is_compiled_for_sixteen_tokens_at_a_time(
+    hopper: list[object], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], passes: int
+) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(driver, "compile_source", lambda *_: given.update(_[-1]) or b"code")
+    matrix = Matrix(torch.empty(0), torch.empty(0), None, 0)
+    x = torch.empty(*shape, 1024, device="meta")
+    assert persistent_cuda._kernel_for(x, Stack(matrix, matrix, matrix, matrix, None))
+    assert given["PASSES"] == passes
+    del hopper
 
 
 def test_where_it_does_not_compile_it_is_left_out_and_says_why(
@@ -166,19 +181,23 @@ def test_gpus_without_the_room_are_not_asked(hopper: list[object], monkeypatch: 
 
 @pytest.mark.skipif(not CUDA_13, reason="needs the nvcc of CUDA 13")
 @pytest.mark.parametrize("clusters", [14, 15, 16])
-@pytest.mark.parametrize(("permuted", "adaptive"), [((True, True, False), True), ((False, False, True), False)])
+@pytest.mark.parametrize(
+    ("permuted", "adaptive", "passes"),
+    [((True, True, False), True, 1), ((False, False, True), False, 1), ((True, True, False), True, 4)],
+)
 def test_it_compiles_without_spilling_registers(
     hopper: list[object],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: pathlib.Path,
     permuted: tuple[bool, ...],
     clusters: int,
+    passes: int,
     *,
     adaptive: bool,
 ) -> None:
     given: dict[str, object] = {}
     monkeypatch.setattr(driver, "compile_source", lambda *_: given.update(_[-1]) or b"code")
-    persistent_cuda._kernel(torch.device("cuda", 0), (64, 64, 64), permuted, adaptive=adaptive)
+    persistent_cuda._kernel(torch.device("cuda", 0), (64, 64, 64), permuted, adaptive=adaptive, passes=passes)
     macros = [f"-D{name}={value}" for name, value in (given | {"CLUSTERS": clusters}).items()]
     command = [NVCC, "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "code", *macros]
     done = subprocess.run([*command, persistent_cuda._SOURCE], capture_output=True, text=True, check=False)
