@@ -1,13 +1,10 @@
-// What the kernels made for Hopper have in common: numbers, and shared memory whose writes are counted.
+// All that the kernels made for Hopper ask of the machine in PTX. Tests put a header in its place that does the same on a
+// CPU: tests/emulated_hopper.cuh.
 
 using uint8 = unsigned char;
 using bf16 = unsigned short;
 using int64 = long long;
 using uint64 = unsigned long long;
-
-__device__ float to_float(bf16 x) { return __uint_as_float(unsigned(x) << 16); }
-__device__ float low_half(unsigned pair) { return __uint_as_float(pair << 16); }
-__device__ float high_half(unsigned pair) { return __uint_as_float(pair & 0xFFFF0000); }
 
 __device__ unsigned to_pair(float low, float high) {
     unsigned pair;
@@ -26,20 +23,33 @@ __device__ float quotient(float a, float b) {
     asm("div.full.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
     return y;
 }
-
 __device__ float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-__device__ float gelu(float x) {  // with the tanh approximation: x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))
-    return x * reciprocal(1.f + exp2_of(x * (-2.302208198f - 0.1029432396f * x * x)));
+
+// --- threads --------------------------------------------------------------------------------------------------------
+
+__device__ void not_before(float& x) { asm volatile("" : "+f"(x)); }  // is x known to the compiler
+__device__ void not_before(int& x) { asm volatile("" : "+r"(x)); }
+__device__ void not_before(unsigned& x, unsigned& y) { asm volatile("" : "+r"(x), "+r"(y)); }
+
+template <int THREADS>
+__device__ void wait_for_threads(int barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
-__device__ unsigned geglu(unsigned gate, unsigned up) {  // pairs; gelu(gate) is rounded to bf16 too, as in torch
-    unsigned x = to_pair(gelu(low_half(gate)), gelu(high_half(gate)));
-    return to_pair(low_half(x) * low_half(up), high_half(x) * high_half(up));
+__device__ void wait_for_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// --- shared memory, and counts of the bytes that come ---------------------------------------------------------------
+
+template <class Memory>
+__device__ Memory& shared_memory() {
+    extern __shared__ __align__(1024) uint8 dynamic[];
+    return *reinterpret_cast<Memory*>(dynamic);
+}
 __device__ unsigned shared_address(const void* at) { return unsigned(__cvta_generic_to_shared(at)); }
 
 __device__ unsigned in_block(const void* at, int rank) {  // the same place in another block of the cluster
@@ -67,6 +77,154 @@ __device__ void wait_for_bytes(uint64* count, int waits) {  // after so many wai
                      : "memory");
     while (!there);
 }
-__device__ void wait_for_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+__device__ void arrive(uint64* count) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(count)) : "memory");
 }
+
+__device__ void send(unsigned there, unsigned count, unsigned a) {  // and count the bytes, in the same block
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there), "r"(a),
+                 "r"(count)
+                 : "memory");
+}
+__device__ void send(unsigned there, unsigned count, unsigned a, unsigned b) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(there),
+                 "r"(a), "r"(b), "r"(count)
+                 : "memory");
+}
+__device__ void send(unsigned there, unsigned count, uint4 a) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+        "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(count)
+        : "memory");
+}
+__device__ int4 read_in_block(const int4* at, int rank) {
+    int4 x;
+    asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(in_block(at, rank)));
+    return x;
+}
+
+// --- global memory --------------------------------------------------------------------------------------------------
+
+// Reads that stay where they are written: before a wait.
+__device__ uint4 read_weights(const void* at) {
+    uint4 w;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                 : "l"(at));
+    return w;
+}
+__device__ float read(const float* at) {
+    float x;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(at));
+    return x;
+}
+__device__ float4 read4(const float* at) {
+    float4 x;
+    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(at));
+    return x;
+}
+__device__ int2 read_indices(const int64* at) {  // two; of each the low half
+    int4 x;
+    asm volatile("ld.global.nc.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(at));
+    return {x.x, x.z};
+}
+__device__ unsigned read(const unsigned* at) {
+    unsigned x;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+    return x;
+}
+__device__ bf16 read(const bf16* at) {
+    bf16 x;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"(at));
+    return x;
+}
+
+// What other blocks write meanwhile.
+__device__ uint2 peek(const uint2* at) {
+    uint2 x;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(at) : "memory");
+    return x;
+}
+__device__ uint4 peek(const uint4* at) {
+    uint4 x;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(at)
+                 : "memory");
+    return x;
+}
+__device__ void write(bf16* at, float x) {
+    asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(at), "h"(to_bf16(x)) : "memory");
+}
+__device__ void write(unsigned* at, float low, float high) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(to_pair(low, high)) : "memory");
+}
+
+// --- the copy engine (TMA), and other copies ------------------------------------------------------------------------
+
+struct alignas(64) TensorMap {  // CUtensorMap
+    uint64 opaque[16];
+};
+
+__device__ void load_box(void* to, const TensorMap& map, int column, int row, uint64* count) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+            "r"(shared_address(to)),
+        "l"(&map), "r"(column), "r"(row), "r"(0), "r"(shared_address(count))
+        : "memory");
+}
+__device__ void load_bytes(void* to, const void* from, int bytes, uint64* count) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(count))
+                 : "memory");
+}
+__device__ void let_copy_engine_write() {  // where this thread has written or read
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ void fetch_into_l2(const void* at, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes));
+}
+__device__ void copy_async(void* to, const void* from) {  // 16 bytes
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+__device__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// --- the tensor cores -----------------------------------------------------------------------------------------------
+
+__device__ void load_matrices(unsigned (&fragment)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared_address(row)));
+}
+__device__ void load_transposed(unsigned (&fragment)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared_address(row)));
+}
+__device__ void multiply(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ void multiply(int (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {  // 16 x 32 by 32 x 8
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Numbers of eight rows and eight columns, two in a row a lane, and the other way round.
+__device__ unsigned transposed(unsigned pair) {
+    unsigned other;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(pair));
+    return other;
+}
+
+// wgmma: what lies between the first two runs on its own until it is waited for.
+__device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }

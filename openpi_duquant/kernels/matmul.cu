@@ -1,33 +1,29 @@
 // The kernel of matmul_cuda.py: int8 codes times int4 or int8 weights, of many tokens. It needs Hopper's wgmma.
 //
-// A block makes TOKENS x ROWS sums, tile after tile; a step takes CHANNELS bytes of every row of both operands. The copy
-// engine (TMA) fills stages of shared memory, ahead into the next tile; two warpgroups multiply what is in them, each
-// half of the weight's rows, which it unpacks into registers, by all tokens, and finishes what it has.
-// Where tiles are few, the PARTS blocks of a cluster have a part of the channels each; sums go through shared memory, and
-// a block finishes every PARTS-th eight tokens.
+// A block makes TOKENS x ROWS sums, tile after tile; a step takes CHANNELS bytes of every row of both operands. The
+// copy engine (TMA) fills stages of shared memory, ahead into the next tile; two warpgroups multiply what is in them,
+// each half of the weight's rows, which it unpacks into registers, by all tokens, and finishes what it has. Where tiles
+// are few, the PARTS blocks of a cluster have a part of the channels each; sums go through shared memory, and a block
+// finishes every PARTS-th eight tokens.
 //
-// With GeGLU a tile's halves are gate and up of the same channels, and a warp takes eight rows of both, so that one thread
-// has both.
+// With GeGLU a tile's halves are gate and up of the same channels, and a warp takes eight rows of both, so that one
+// thread has both.
 //
 // Defined by matmul_cuda.py: `multiply`, the wgmma of that many TOKENS; TOKENS, ROWS, STAGES, PARTS; BITS of a weight;
 // GEGLU, RESIDUAL: whether there is one.
 
-#include "hopper.cuh"
+#include "numbers.cuh"
 
 constexpr int WARPS = 8;
 constexpr int CHANNELS = 128;
 constexpr int SLICES = CHANNELS / 32;  // that one wgmma takes
 constexpr int HALF = ROWS / 2;
-constexpr int HEIGHT = HALF / 64;    // wgmmas for the rows of a warpgroup
-constexpr int NIBBLES = 8 / BITS;    // channels in a byte: k, and k + K / 2
+constexpr int HEIGHT = HALF / 64;  // wgmmas for the rows of a warpgroup
+constexpr int NIBBLES = 8 / BITS;  // channels in a byte: k, and k + K / 2
 constexpr int GROUPS = TOKENS / 8;
 constexpr int MOST = (GROUPS + PARTS - 1) / PARTS;  // that a block finishes
 static_assert(TOKENS % 16 == 0 && (!GEGLU || HEIGHT == 2));
 static_assert(PARTS == 1 || TOKENS * ROWS * 4 <= STAGES * CHANNELS * (ROWS + NIBBLES * TOKENS));
-
-struct alignas(64) TensorMap {  // CUtensorMap
-    uint64 opaque[16];
-};
 
 struct Arguments {
     const float* act_scale;     // [tokens]
@@ -47,17 +43,6 @@ struct Memory {
     uint64 filled[STAGES], emptied[STAGES];
 };
 
-__device__ void load_box(void* to, const TensorMap& map, int column, int row, uint64* count) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
-            "r"(shared_address(to)),
-        "l"(&map), "r"(column), "r"(row), "r"(0), "r"(shared_address(count))
-        : "memory");
-}
-__device__ void arrive(uint64* count) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(count)) : "memory");
-}
-
 // Rows of 128 bytes lie with their pieces of 16 in another order, so that neither reads nor writes meet in a bank: the
 // copy engine's swizzle.
 __device__ uint64 described(const void* at) {  // for wgmma
@@ -66,10 +51,7 @@ __device__ uint64 described(const void* at) {  // for wgmma
 __device__ void read_slice(unsigned (&w)[4], const Stage& stage, int sixteen, int lane, int slice) {  // of 16 rows
     int row = GEGLU ? sixteen * 8 + lane % 8 + lane / 8 % 2 * HALF : sixteen * 16 + lane % 16;
     int piece = (2 * slice + lane / 16) ^ (row % 8);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                 : "r"(shared_address(&stage.weight[row][16 * piece]))
-                 : "memory");
+    load_matrices(w, &stage.weight[row][16 * piece]);
 }
 
 // A tile, and the part of its channels that a block has.
@@ -129,23 +111,16 @@ __device__ void multiply_step(int (&sums)[HEIGHT][TOKENS / 2], const Stage& stag
                 else
                     w[h][i][0][j] = packed[j];
         }
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    begin_products();
 #pragma unroll
     for (int i = 0; i < SLICES; i++)
 #pragma unroll
         for (int j = 0; j < NIBBLES; j++)
 #pragma unroll
             for (int h = 0; h < HEIGHT; h++) multiply(sums[h], w[h][i][j], described(stage.codes[j]) + 2 * i);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    commit_products();
 }
 
-// Numbers of eight tokens and eight channels, two in a row a lane: of a channel, in the order of wgmma's sums, or of a
-// token.
-__device__ unsigned transposed(unsigned pair) {
-    unsigned other;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(pair));
-    return other;
-}
 // From two channels of each of two such matrices to four of one, so that a token's sixteen lie in a row; and back.
 __device__ uint2 exchanged(uint2 pairs) {
     bool odd = threadIdx.x % 2;
@@ -222,10 +197,7 @@ __device__ int4 sums_of(const int4* at) {  // of all parts, which lie at the sam
     int4 sums = {0, 0, 0, 0};
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
-        int4 x;
-        asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                     : "r"(in_block(at, part)));
+        int4 x = read_in_block(at, part);
         sums.x += x.x, sums.y += x.y, sums.z += x.z, sums.w += x.w;
     }
     return sums;
@@ -233,8 +205,7 @@ __device__ int4 sums_of(const int4* at) {  // of all parts, which lie at the sam
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) __cluster_dims__(PARTS, 1, 1)
     matmul(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap codes, const Arguments given) {
-    extern __shared__ __align__(1024) uint8 shared[];
-    Memory& memory = *reinterpret_cast<Memory*>(shared);
+    Memory& memory = shared_memory<Memory>();
     Place place(given);
     Filling fill = {weight, codes, given, memory, place};
     if (threadIdx.x == 0) {
@@ -252,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) __cluster_dims__(PAR
             wait_for_bytes(&memory.filled[turn % STAGES], turn / STAGES);
             multiply_step(sums, memory.stages[turn % STAGES], warp, lane);
             if (threadIdx.x == 0 && turn > 0) fill();  // what the step before had
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            wait_for_products();
             if (lane == 0) arrive(&memory.emptied[turn % STAGES]);
         }
         uint2 residual[MOST][HEIGHT];

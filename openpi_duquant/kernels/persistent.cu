@@ -19,7 +19,7 @@
 // for none); QKV_PERMUTED, UP_PERMUTED, DOWN_PERMUTED; ADAPTIVE (norms with a shift and a gate); EPS; SCALE (of scores,
 // in base 2); ARRAYS (of a layer, most); SHARED_MEMORY (bytes).
 
-#include "hopper.cuh"
+#include "numbers.cuh"
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int HALF = THREADS / 2;  // threads that have a row
@@ -96,22 +96,6 @@ struct Memory {
 
 __device__ float lowest() { return __uint_as_float(0xFF800000); }  // minus infinity
 
-__device__ void send(unsigned there, unsigned count, unsigned a) {  // and count the bytes, in the same block
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there), "r"(a),
-                 "r"(count)
-                 : "memory");
-}
-__device__ void send(unsigned there, unsigned count, unsigned a, unsigned b) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(there),
-                 "r"(a), "r"(b), "r"(count)
-                 : "memory");
-}
-__device__ void send(unsigned there, unsigned count, uint4 a) {
-    asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
-        "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(count)
-        : "memory");
-}
 // Who asks. Every operation has a copy that the compiler cannot see through: else it keeps all that follows from it in
 // registers, for all layers.
 struct Self {
@@ -120,46 +104,12 @@ struct Self {
     __device__ Self() : Self(threadIdx.x, blockIdx.x) {}
     __device__ Self(const Self& other) : Self(other.thread, other.block) {}
     __device__ Self(unsigned thread, unsigned block) : thread(thread), block(block) {
-        asm volatile("" : "+r"(this->thread), "+r"(this->block));
+        not_before(this->thread, this->block);
         warp = this->thread / 32, lane = this->thread % 32, half = this->thread / HALF;
         rank = this->block % CLUSTER, cluster = this->block / CLUSTER;
         __builtin_assume(warp < WARPS && cluster < CLUSTERS);
     }
 };
-
-// Reads that stay where they are written: before a wait.
-__device__ uint4 read_weights(const void* at) {
-    uint4 w;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-                 : "l"(at));
-    return w;
-}
-__device__ float read(const float* at) {
-    float x;
-    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(at));
-    return x;
-}
-__device__ float4 read4(const float* at) {
-    float4 x;
-    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(at));
-    return x;
-}
-__device__ int2 read_indices(const int64* at) {  // two; of each the low half
-    int4 x;
-    asm volatile("ld.global.nc.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(at));
-    return {x.x, x.z};
-}
-__device__ unsigned read(const unsigned* at) {
-    unsigned x;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
-    return x;
-}
-__device__ bf16 read(const bf16* at) {
-    bf16 x;
-    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"(at));
-    return x;
-}
 
 // Numbers go from block to block one by one. A NaN with all bits set is none that the conversion to bf16 gives.
 __device__ bool unwritten(unsigned pair) { return (~pair - 0x00010001) & pair & 0x80008000; }
@@ -167,19 +117,6 @@ __device__ bool unwritten(unsigned pair) { return (~pair - 0x00010001) & pair & 
 __device__ bool unwritten(uint2 x) { return unwritten(x.x) | unwritten(x.y); }
 __device__ bool unwritten(uint4 x) { return unwritten(x.x) | unwritten(x.y) | unwritten(x.z) | unwritten(x.w); }
 
-__device__ uint2 peek(const uint2* at) {
-    uint2 x;
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(at) : "memory");
-    return x;
-}
-__device__ uint4 peek(const uint4* at) {
-    uint4 x;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(at)
-                 : "memory");
-    return x;
-}
 // By a warp, which stays together: where its lanes part, every shuffle after that takes a detour.
 template <class T>
 __device__ T until_written(T x, const T* at) {
@@ -191,13 +128,6 @@ __device__ T read_written(const T* at, bool written) {
     T x = peek(at);
     return written ? x : until_written(x, at);
 }
-__device__ void write(bf16* at, float x) {
-    asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(at), "h"(to_bf16(x)) : "memory");
-}
-__device__ void write(unsigned* at, float low, float high) {
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(to_pair(low, high)) : "memory");
-}
-
 __device__ float over_127(float x) {  // rounded correctly (Markstein)
     float y = x * (1.f / 127.f);
     return fmaf(fmaf(-127.f, y, x), 1.f / 127.f, y);
@@ -207,18 +137,8 @@ __device__ float highest_of_warp(float x) {  // NaN above all
     return __int_as_float(ordered(__reduce_max_sync(~0u, ordered(__float_as_int(x)))));
 }
 
-__device__ void fetch_into_l2(const void* at, int bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes));
-}
-__device__ void not_before(float& x) { asm volatile("" : "+f"(x)); }  // is x used
-__device__ void not_before(int& x) { asm volatile("" : "+r"(x)); }
-
-__device__ void copy_async(void* to, const void* from) {  // 16 bytes
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-
 __device__ void wait_for_half(const Self& self) {  // the threads that have the same row
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + self.half), "n"(HALF) : "memory");
+    wait_for_threads<HALF>(1 + self.half);
 }
 
 // --- tokens to int8 -------------------------------------------------------------------------------------------------
@@ -357,19 +277,15 @@ __device__ float transform(const Self& self, const bf16* x_row, bool written,
 // Codes of 16 tokens times a segment of the weights of some tiles of columns. Nibbles are moved to the high half of a
 // byte, where they are 16 times what they stand for; the sums are shifted back in the end.
 template <int UNITS, int EACH>
-__device__ void multiply(int (&sums)[UNITS][4], uint4 low, uint4 low8, uint4 high, uint4 high8,
-                         const uint4 (&w)[UNITS][EACH], int segment) {
+__device__ void multiply_segment(int (&sums)[UNITS][4], uint4 low, uint4 low8, uint4 high, uint4 high8,
+                                 const uint4 (&w)[UNITS][EACH], int segment) {
     const unsigned *a0 = &low.x, *a1 = &low8.x, *a2 = &high.x, *a3 = &high8.x;
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
         for (int unit = 0; unit < UNITS; unit++) {
-            int (&sum)[4] = sums[unit];
             unsigned b = (&w[unit][segment].x)[i];
-            asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                "{%0, %1, %2, %3};"
-                : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-                : "r"(a0[i]), "r"(a1[i]), "r"(a2[i]), "r"(a3[i]), "r"((b << 4) & 0xF0F0F0F0), "r"(b & 0xF0F0F0F0));
+            multiply(sums[unit], {a0[i], a1[i], a2[i], a3[i]}, (b << 4) & 0xF0F0F0F0, b & 0xF0F0F0F0);
         }
 }
 
@@ -497,7 +413,7 @@ struct Matmul {
                 const uint8* at = codes + group * STRIDE + (part * EACH + i) * SEGMENT + lane * 16;
                 auto row = [&](int from) { return *reinterpret_cast<const uint4*>(at + from); };
                 uint4 low = row(0), low8 = row(8 * STRIDE), high = row(RUN), high8 = row(8 * STRIDE + RUN);
-                multiply<UNITS, EACH>(sums, low, low8, high, high8, w, i);
+                multiply_segment<UNITS, EACH>(sums, low, low8, high, high8, w, i);
             }
 #pragma unroll
             for (int unit = 0; unit < UNITS; unit++) {
@@ -592,23 +508,6 @@ struct Added {      // to the residual stream, times a gate
 
 // --- attention ------------------------------------------------------------------------------------------------------
 
-__device__ void load_matrices(unsigned (&fragment)[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(shared_address(row)));
-}
-__device__ void load_transposed(unsigned (&fragment)[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(shared_address(row)));
-}
-__device__ void multiply(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 struct Attention {
     const Arguments& given;
     Memory& memory;
@@ -681,7 +580,7 @@ struct Attention {
         }
         if (asks) q = until_written(q, q_at);
         *reinterpret_cast<uint4*>(&memory.attention.q[self.warp][d]) = q;
-        asm volatile("cp.async.wait_all;" ::: "memory");
+        wait_for_copies();
     }
 
     __device__ void score(int block) const {  // a warp has 16 keys, and half of the channels
@@ -827,8 +726,7 @@ static_assert(sizeof(Memory) <= SHARED_MEMORY, "it has room");
 
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1)
     run_layers(const __grid_constant__ Arguments given) {
-    extern __shared__ __align__(16) char dynamic[];
-    Memory& memory = *reinterpret_cast<Memory*>(dynamic);
+    Memory& memory = shared_memory<Memory>();
     Self self;
     if (self.thread == 0) {
         for (uint64* count :

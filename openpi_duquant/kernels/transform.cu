@@ -7,7 +7,7 @@
 // Defined by transform_cuda.py: K; EACH; BLOCKS of an SM; BLOCK of the Hadamard, 0 for none, and its GAIN; GEGLU, NORM,
 // SCALE, SHIFT, PERMUTED: whether there is one; FACTOR, the type of scale and shift; EPS.
 
-#include "hopper.cuh"
+#include "numbers.cuh"
 
 constexpr int THREADS = K / EACH;
 constexpr int WARPS = THREADS / 32;
@@ -38,10 +38,7 @@ struct Memory {
 __device__ void fill(const Arguments& given, Memory& memory, int row) {  // by one thread
     if (row >= given.rows) return;
     expect(&memory.filled, BYTES);
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(memory.row)),
-                 "l"(given.x + row * given.stride), "r"(BYTES), "r"(shared_address(&memory.filled))
-                 : "memory");
+    load_bytes(memory.row, given.x + row * given.stride, BYTES, &memory.filled);
 }
 
 // What all threads have, put together.
@@ -92,16 +89,15 @@ struct alignas(16) Modulation {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) transform(const Arguments given) {
-    extern __shared__ __align__(128) uint8 shared[];
-    Memory& memory = *reinterpret_cast<Memory*>(shared);
+    Memory& memory = shared_memory<Memory>();
     int t = threadIdx.x;
     if (t == 0) {
         initialize(&memory.filled, 1);
         publish_counts();
         fill(given, memory, blockIdx.x);
     }
-    // Register p has piece p ^ first of the thread's, so that pieces read at the same time lie in different banks. Within
-    // a Hadamard's block that changes nothing but signs.
+    // Register p has piece p ^ first of the thread's, so that pieces read at the same time lie in different banks.
+    // Within a Hadamard's block that changes nothing but signs.
     constexpr int WITHIN = OWN ? OWN / 8 - 1 : 0, TOGETHER = 8 / PIECES < LANES ? LANES : 8 / PIECES;
     int first = t / TOGETHER % PIECES & (OWN ? ~0 : ~1);
     auto own_place = [&](int p) { return t * PIECES + (p ^ first); };
@@ -141,14 +137,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) transform(const Ar
             if constexpr (NORM || GEGLU) {
 #pragma unroll
                 for (int p = 0; p < PIECES; p++) memory.row[place(p)] = x[p];
-                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine writes there next
+                let_copy_engine_write();
                 __syncthreads();
             }
             const bf16* numbers = reinterpret_cast<const bf16*>(memory.row);
 #pragma unroll
             for (int i = 0; i < EACH / 2; i++)
-                memory.permuted[i * THREADS + t] =
-                    numbers[channels[i] % 65536] | unsigned(numbers[channels[i] / 65536]) << 16;
+                memory.permuted[i * THREADS + t] = numbers[channels[i] % 65536] | unsigned(numbers[channels[i] / 65536])
+                                                                                      << 16;
             __syncthreads();
 #pragma unroll
             for (int p = 0; p < PIECES; p++) x[p] = reinterpret_cast<const uint4*>(memory.permuted)[own_place(p)];

@@ -9,6 +9,8 @@ import subprocess
 import types
 
 from denoising_step import step
+import emulated_hopper
+import interpreted
 import pytest
 import torch
 
@@ -139,6 +141,79 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
 
 def kernel() -> object:
     return persistent_cuda._kernel(torch.device("cuda", 0), (64, 64, 64), (True, True, False), adaptive=True, passes=1)
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Where compiled kernels are kept."""
+    return tmp_path_factory.mktemp("libraries")
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch, libraries: pathlib.Path) -> Iterator[None]:
+    """Two clusters on a CPU, with more shared memory: the blocks are fewer."""
+    enough = 2**20
+    room = types.SimpleNamespace(shared_memory_per_block_optin=enough)
+
+    def load(code: Callable[..., object], kernel: str, shared_memory: int, device: object) -> object:
+        del device
+        return emulated_hopper.Function(code(kernel, libraries), persistent_cuda._CLUSTER, shared_memory)
+
+    def compile_source(name: str, source: str, arch: str, constants: dict[str, object]) -> Callable[..., object]:
+        del name, arch
+        return lambda kernel, folder: emulated_hopper.compile_source(source, kernel, constants, folder)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: room)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(persistent_cuda, "_SHARED_MEMORY", enough)
+    monkeypatch.setattr(persistent_cuda, "_MOST_CLUSTERS", 2)
+    monkeypatch.setattr(driver, "compile_source", compile_source)
+    monkeypatch.setattr(driver, "load", load)
+    monkeypatch.setattr(emulated_hopper.Function, "most_clusters", lambda *_: 2, raising=False)
+    persistent_cuda._kernel.cache_clear()
+    with interpreted.triton_backend():
+        yield
+    persistent_cuda._kernel.cache_clear()
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not emulated_hopper.COMPILER, reason="needs g++")
+@pytest.mark.parametrize(
+    ("shape", "prefix", "state_first", "how"),
+    [
+        ((1, 10), 544, False, {"pi05": True}),
+        ((3, 7), 77, True, {"pi05": False, "rotation_block": 128}),
+        ((1, 1), 1, False, {"pi05": True, "rotation": "none", "permute": False}),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("emulated")
+def test_a_step_is_its_definition_on_a_cpu(
+    converted: Callable[..., pathlib.Path],
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int],
+    prefix: int,
+    how: dict[str, object],
+    *,
+    state_first: bool,
+) -> None:
+    given = {"shape": shape, "prefix": prefix, "state_first": state_first, "masked": prefix > 1}
+    expected, rounded, policy = (
+        load_policy(converted(**how), backend=backend, dtype=dtype)
+        for backend, dtype in (
+            ("reference", torch.float32),
+            ("reference", torch.bfloat16),
+            ("triton", torch.bfloat16),
+        )
+    )
+    launched = []
+    launch = persistent_cuda.launch
+    monkeypatch.setattr(persistent_cuda, "launch", lambda *args, **how: launched.append(1) or launch(*args, **how))
+    monkeypatch.setattr(policy.expert, "_compared", True)
+    actual = step(policy, **given)
+    assert launched
+    expected = step(expected, **given)
+    assert relative_error(actual.float(), expected) < 2 * relative_error(step(rounded, **given).float(), expected) < 0.1
 
 
 def test_it_is_compiled_for_as_many_clusters_as_run_at_a_time(hopper: list[object]) -> None:
