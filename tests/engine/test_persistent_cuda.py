@@ -143,33 +143,12 @@ def kernel() -> object:
     return persistent_cuda._kernel(torch.device("cuda", 0), (64, 64, 64), (True, True, False), adaptive=True, passes=1)
 
 
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Where compiled kernels are kept."""
-    return tmp_path_factory.mktemp("libraries")
-
-
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch, libraries: pathlib.Path) -> Iterator[None]:
-    """Two clusters on a CPU, with more shared memory: the blocks are fewer."""
-    enough = 2**20
-    room = types.SimpleNamespace(shared_memory_per_block_optin=enough)
-
-    def load(code: Callable[..., object], kernel: str, shared_memory: int, device: object) -> object:
-        del device
-        return emulated_hopper.Function(code(kernel, libraries), persistent_cuda._CLUSTER, shared_memory)
-
-    def compile_source(name: str, source: str, arch: str, constants: dict[str, object]) -> Callable[..., object]:
-        del name, arch
-        return lambda kernel, folder: emulated_hopper.compile_source(source, kernel, constants, folder)
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: room)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(persistent_cuda, "_SHARED_MEMORY", enough)
-    monkeypatch.setattr(persistent_cuda, "_MOST_CLUSTERS", 2)
-    monkeypatch.setattr(driver, "compile_source", compile_source)
-    monkeypatch.setattr(driver, "load", load)
-    monkeypatch.setattr(emulated_hopper.Function, "most_clusters", lambda *_: 2, raising=False)
+def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[None]:
+    """A few clusters on a CPU."""
+    emulated_hopper.install(monkeypatch, tmp_path)
+    monkeypatch.setattr(persistent_cuda, "_SHARED_MEMORY", emulated_hopper.MOST_SHARED_MEMORY)
+    monkeypatch.setattr(persistent_cuda, "_MOST_CLUSTERS", emulated_hopper.CLUSTERS)
     persistent_cuda._kernel.cache_clear()
     with interpreted.triton_backend():
         yield
@@ -177,7 +156,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, libraries: pathlib.Path) -> Iterat
 
 
 @pytest.mark.triton
-@pytest.mark.skipif(not emulated_hopper.COMPILER, reason="needs g++")
+@emulated_hopper.only_here
 @pytest.mark.parametrize(
     ("shape", "prefix", "state_first", "how"),
     [

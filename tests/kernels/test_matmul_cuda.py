@@ -1,9 +1,12 @@
 """The large matmul for Hopper against integers of 64 bits; how it is cut up and chosen, without a GPU."""
 
+from collections.abc import Iterator
 import logging
+import pathlib
 import shutil
 import subprocess
 
+import emulated_hopper
 import pytest
 import torch
 from torch import Tensor
@@ -42,15 +45,8 @@ def packed(w: Tensor, bits: int) -> Tensor:
     return triton_matmul.repack(problem, packing.pack(w.to(torch.int8), bits))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not HOPPER, reason="needs a GPU of sm_90")
-@pytest.mark.parametrize("after", ["nothing", "residual", "geglu"])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    ("m", "k", "n"),
-    [(1, 64, 8), (33, 320, 72), (144, 1024, 256), (145, 1056, 264), (321, 2080, 392), (700, 4096, 1024)],
-)
-def test_it_is_its_definition(m: int, k: int, n: int, bits: int, after: str) -> None:
+def check(m: int, k: int, n: int, bits: int, after: str, shapes: list[Shape]) -> None:
+    """The kernel in these shapes against its definition."""
     a, w, act_scale, weight_scale = operands(m, k, n, bits)
     y = (a.double() @ w.double().T) * act_scale.double() * weight_scale.double().T
     residual = (torch.randn(m, n, device=DEVICE) * y.std()).to(BF16) if after == "residual" else None
@@ -60,10 +56,6 @@ def test_it_is_its_definition(m: int, k: int, n: int, bits: int, after: str) -> 
         y = F.gelu(gate, approximate="tanh") * up
     elif after == "residual":
         y += residual.double()
-    steps = -(-k * bits // 8 // 128)
-    shapes = [Shape(64, 256, 1), Shape(144, 256, 1)]
-    if after != "geglu":
-        shapes += Shape(64, 128, 1), Shape(96, 128, min(3, steps)), Shape(144, 128, min(8, steps))
     for shape in shapes:
         out = torch.full((m, y.shape[1]), torch.nan, device=DEVICE, dtype=BF16)
         given = out, a.to(torch.int8), act_scale, packed(w, bits), weight_scale, residual
@@ -77,9 +69,65 @@ def test_it_is_its_definition(m: int, k: int, n: int, bits: int, after: str) -> 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of sm_90")
+@pytest.mark.parametrize("after", ["nothing", "residual", "geglu"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [(1, 64, 8), (33, 320, 72), (144, 1024, 256), (145, 1056, 264), (321, 2080, 392), (700, 4096, 1024)],
+)
+def test_it_is_its_definition(m: int, k: int, n: int, bits: int, after: str) -> None:
+    steps = -(-k * bits // 8 // 128)
+    shapes = [Shape(64, 256, 1), Shape(144, 256, 1)]
+    if after != "geglu":
+        shapes += Shape(64, 128, 1), Shape(96, 128, min(3, steps)), Shape(144, 128, min(8, steps))
+    check(m, k, n, bits, after, shapes)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[None]:
+    """Two SMs on a CPU; the instruction of many operands is a template there."""
+    emulated_hopper.install(monkeypatch, tmp_path)
+    monkeypatch.setattr(matmul_cuda, "source", lambda _: matmul_cuda._SOURCE.read_text())
+    monkeypatch.setattr(matmul_cuda, "_difference", lambda *_: 0.0)  # from Triton's, which needs a GPU
+    matmul_cuda._kernel.cache_clear()
+    yield
+    matmul_cuda._kernel.cache_clear()
+
+
+@emulated_hopper.only_here
+@pytest.mark.parametrize(
+    ("m", "k", "n", "bits", "after", "shape"),
+    [
+        (1, 64, 8, 4, "nothing", Shape(64, 128, 1)),
+        (33, 320, 72, 4, "geglu", Shape(64, 256, 1)),
+        (33, 320, 72, 8, "geglu", Shape(144, 256, 1)),
+        (145, 1056, 264, 4, "residual", Shape(96, 128, 3)),
+        (145, 1056, 264, 4, "nothing", Shape(64, 256, 1)),
+        (145, 1056, 264, 8, "residual", Shape(144, 128, 8)),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("emulated")
+def test_it_is_its_definition_on_a_cpu(m: int, k: int, n: int, bits: int, after: str, shape: Shape) -> None:
+    check(m, k, n, bits, after, [shape])
+
+
+@emulated_hopper.only_here
+@pytest.mark.parametrize(("parts", "bits"), [(1, 8), (2, 4)])
+@pytest.mark.usefixtures("emulated")
+def test_sums_are_exact_on_a_cpu(parts: int, bits: int) -> None:
+    check_sums(parts, bits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a GPU of sm_90")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_sums_are_exact(parts: int, bits: int) -> None:
+    check_sums(parts, bits)
+
+
+def check_sums(parts: int, bits: int) -> None:
     """Products of the whole range cancel each other, all but a few: what is left is a number of bf16."""
     a, w, _, _ = operands(130, 512, 264, bits)
     w[:, :8] = torch.randint(-1, 2, (264, 8))

@@ -1,6 +1,7 @@
 """The transform made for Hopper against the formula in fp64; what it takes and when it is left out, without a GPU."""
 
 import logging
+import pathlib
 import shutil
 import subprocess
 
@@ -11,6 +12,8 @@ from by_formula import check
 from by_formula import inputs
 from by_formula import prologue_of
 from by_formula import sylvester
+import emulated_hopper
+import interpreted
 import pytest
 import torch
 from torch import Tensor
@@ -60,17 +63,60 @@ WIDE = [(9216, 0), (9216, 16), (16384, 64), (16384, 128)]
 def test_it_is_its_definition(
     launched: list[Kind], rows: int, name: str, width: int, block: int, *, permuted: bool
 ) -> None:
-    torch.manual_seed(rows + width)
     prologue = prologue_of(name, width)
     if width > 8192 and (permuted or prologue.norm):
         pytest.skip("Triton's")
-    x = inputs(rows, width, BF16, geglu=prologue.geglu)
     permutation = torch.randperm(width, device=DEVICE) if permuted else None
+    made = check_rows(rows, prologue, width, permutation, block)
+    assert len(launched) == 2  # before its first use it is compared with its definition
+    for again, first in zip(check_rows(rows, prologue, width, permutation, block), made, strict=True):
+        assert torch.equal(again, first)
+
+
+def check_rows(
+    rows: int, prologue: Prologue, width: int, permutation: Tensor | None, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is made of random rows, always the same, once it is found to be what the formula says."""
+    torch.manual_seed(rows + width)
+    x = inputs(rows, width, BF16, geglu=prologue.geglu)
     made = fused(x, prologue, permutation, block)
     check(*made, by_formula(x, prologue, permutation, [sylvester(block)] * (width // block) if block else None))
-    assert len(launched) == 2  # before its first use it is compared with its definition
-    for again, first in zip(fused(x, prologue, permutation, block), made, strict=True):
-        assert torch.equal(again, first)
+    return made
+
+
+@emulated_hopper.only_here
+@pytest.mark.parametrize(
+    ("rows", "width", "block", "name", "permuted"),
+    [
+        (3, 512, 16, "norm", True),
+        (1, 512, 0, "none", True),
+        (5, 2048, 64, "modulated", True),
+        (3, 1024, 128, "geglu", True),
+        (3, 1536, 32, "geglu norm", False),
+        (3, 8192, 64, "gain", False),
+        (3, 9216, 16, "none", False),
+        (3, 16384, 128, "geglu", False),
+    ],
+)
+def test_it_is_its_definition_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+    launched: list[Kind],
+    rows: int,
+    width: int,
+    block: int,
+    name: str,
+    *,
+    permuted: bool,
+) -> None:
+    emulated_hopper.install(monkeypatch, tmp_path)
+    monkeypatch.setattr(transform, "fused_transform", interpreted.fused_transform)
+    permutation = torch.randperm(width) if permuted else None
+    with torch.library._scoped_library("openpi_duquant", "FRAGMENT") as library:
+        library.impl("fused_transform", transform._on_gpu, "CPU")
+        check_rows(rows, prologue_of(name, width), width, permutation, block)
+    assert len(launched) == 2
+    transform_cuda._kernel.cache_clear()
 
 
 @pytest.mark.gpu
