@@ -41,8 +41,9 @@ class _Code:
         here = folder / hashlib.sha256(repr((text, macros)).encode()).hexdigest()[:16]
         if not here.exists():
             here.mkdir()
+            for header in pathlib.Path(driver.__file__).parent.glob("*.cuh"):
+                shutil.copy(header, here)
             shutil.copy(pathlib.Path(__file__).with_suffix(".cuh"), here / "hopper.cuh")
-            shutil.copy(pathlib.Path(driver.__file__).with_name("numbers.cuh"), here)
             (here / "kernel.cpp").write_text(text)
             options = ["-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-w", "-Wno-psabi", "-shared", "-fPIC", *macros]
             subprocess.run([COMPILER, *options, "-o", here / "library", here / "kernel.cpp"], check=True)

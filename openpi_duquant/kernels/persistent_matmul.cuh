@@ -1,0 +1,232 @@
+// Of persistent.cu: W4A8.
+
+#pragma once
+
+#include "persistent_rows.cuh"
+
+// Codes of 16 tokens times a segment of the weights of some tiles of columns. Nibbles are moved to the high half of a
+// byte, where they are 16 times what they stand for; the sums are shifted back in the end.
+template <int UNITS, int EACH>
+__device__ void multiply_segment(int (&sums)[UNITS][4], uint4 low, uint4 low8, uint4 high, uint4 high8,
+                                 const uint4 (&w)[UNITS][EACH], int segment) {
+    const unsigned *a0 = &low.x, *a1 = &low8.x, *a2 = &high.x, *a3 = &high8.x;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int unit = 0; unit < UNITS; unit++) {
+            unsigned b = (&w[unit][segment].x)[i];
+            multiply(sums[unit], {a0[i], a1[i], a2[i], a3[i]}, (b << 4) & 0xF0F0F0F0, b & 0xF0F0F0F0);
+        }
+}
+
+// Columns come in pairs, DISTANCE apart, that are finished together.
+template <int N, int DISTANCE>
+__device__ int column_of(int pair) {
+    if (DISTANCE == 1) return 2 * pair;
+    if (2 * DISTANCE == N) return pair;
+    return pair / DISTANCE * 2 * DISTANCE + pair % DISTANCE;
+}
+
+// The tiles of 8 columns of a matrix that a block multiplies, and of these what it finishes.
+template <int N, bool WIDE>
+struct Share {
+    int first, tiles, of_cluster, own;
+    __device__ Share(const Self& self) {
+        constexpr int TILES = TILES_OF_CLUSTER<N>, OWN = OWN_TILES<N>;
+        of_cluster = min(TILES, N / 8 - self.cluster * TILES);
+        own = max(0, min(OWN, of_cluster - self.rank * OWN));
+        first = self.cluster * TILES + (WIDE ? self.rank * OWN : 0);
+        tiles = WIDE ? own : of_cluster;
+    }
+};
+
+// x [tokens, K] through norm, permutation, rotation and rounding, times a matrix [N, K].
+template <int N, int K, int BLOCK, bool NORMED, bool PERMUTED, int DISTANCE>
+struct Matmul {
+    static constexpr bool WIDE = N > K;
+    static constexpr int TILES = TILES_OF_CLUSTER<N>, OWN = OWN_TILES<N>;  // of 8 columns
+    static constexpr int RUN = WIDE ? K / 2 : K / 2 / CLUSTER;             // channels that lie together in a block
+    static constexpr int STRIDE = 2 * RUN + SEGMENT;                       // from a row's codes to the next one's
+    static constexpr int PARTS = WIDE ? CLUSTER : 2;    // of the segments of a row, for as many warps
+    static constexpr int EACH = RUN / SEGMENT / PARTS;  // segments
+    static constexpr int ABREAST = WARPS / PARTS;       // tiles at a time
+    static constexpr int UNITS = ((WIDE ? OWN : TILES) + ABREAST - 1) / ABREAST;  // tiles of a warp
+    static constexpr int SOURCES = WIDE ? PARTS : PARTS * CLUSTER;                // of the sums of a column
+    static constexpr int ITEMS = (ROWS * OWN * 4 + THREADS - 1) / THREADS;  // a row and a pair of columns, of a thread
+    static_assert(EACH * PARTS * SEGMENT == RUN, "no part is empty");
+    static_assert(ROWS * STRIDE <= sizeof(Memory::codes[0]), "codes have a place");
+    static_assert(SOURCES * ROWS * OWN * 8 * sizeof(int) <= sizeof(Memory::sums), "sums have a place");
+
+    uint4 w[UNITS][EACH];
+
+    __device__ void read_ahead(const Self& given_self, const Matrix& matrix, int layer) {
+        Self self(given_self);
+        Share<N, WIDE> share(self);
+        int part = self.warp % PARTS * EACH * SEGMENT + (WIDE ? 0 : self.rank * RUN) + self.lane % 4 * 16;
+        const uint8* weight = matrix.weight + int64(layer) * N * (K / 2);
+#pragma unroll
+        for (int unit = 0; unit < UNITS; unit++) {
+            int tile = self.warp / PARTS + unit * ABREAST, pair = (share.first + tile) * 4 + self.lane / 8;
+            int row = column_of<N, DISTANCE>(pair) + self.lane / 4 % 2 * DISTANCE;
+#pragma unroll
+            for (int i = 0; i < EACH; i++)
+                w[unit][i] = read_weights(weight + unsigned(min(row, N - 1) * (K / 2) + part + i * SEGMENT));
+        }
+    }
+
+    // `finish` takes the sums; `next` is called once the weights are used.
+    template <class Finish, class Next>
+    __device__ void run(const Self& given_self, const Arguments& given, const Matrix& matrix, int layer, const bf16* x,
+                        bool written, const float* norm, const Finish& finish, const Next& next, Steps& steps,
+                        Memory& memory) {
+        int tokens = given.batch * given.length;
+        Share<N, WIDE> share(given_self);
+        Channels<K, NORMED, PERMUTED> channels(given_self, norm,
+                                               PERMUTED ? matrix.permutation + int64(layer) * K : nullptr);
+        for (int first = 0; first < PASSES * ROWS; first += ROWS) {
+            Self self(given_self);
+            int rows = min(ROWS, tokens - first), mine = self.rank + self.half * CLUSTER, step = steps.codes++;
+            uint8* codes = memory.codes[step % 2];
+            uint64* codes_there = &memory.codes_there[step % 2];
+            if (self.thread == 0) {
+                expect(codes_there, rows * 2 * RUN + ROWS * int(sizeof(float)));
+                if (!WIDE) expect(&memory.sums_there, SOURCES * rows * share.own * 8 * int(sizeof(int)));
+            }
+            float act_scale = 0.f;
+            if (mine < rows) {
+                bf16* row = memory.row[self.half];
+                uint8* coded = reinterpret_cast<uint8*>(row);
+                act_scale =
+                    transform<K, BLOCK>(self, x + unsigned((first + mine) * K), written, channels, row, coded, memory);
+                wait_for_half(self);
+#pragma unroll
+                for (int to = self.warp % (WARPS / 2); to < CLUSTER; to += WARPS / 2) {
+                    unsigned there = in_block(codes + mine * STRIDE, to), count = in_block(codes_there, to);
+#pragma unroll
+                    for (int at = self.lane * 16; at < 2 * RUN; at += 512) {
+                        int from = WIDE ? at : at / RUN * (K / 2) + to * RUN + at % RUN;
+                        send(there + at, count, *reinterpret_cast<uint4*>(coded + from));
+                    }
+                }
+                wait_for_half(self);  // until all is sent: sums may come here next
+            }  // all send something: who has it from all knows that all are here
+            if (self.thread % HALF < CLUSTER) {
+                int to = self.thread % HALF;
+                send(in_block(&memory.act_scale[step % 2][mine], to), in_block(codes_there, to),
+                     __float_as_uint(act_scale));
+            }
+
+            int row[ITEMS], pair[ITEMS], column[ITEMS];
+            float scale[ITEMS], scale2[ITEMS];
+            typename Finish::Operands operands[ITEMS];
+#pragma unroll
+            for (int i = 0; i < ITEMS; i++) {
+                if (i * THREADS >= rows * OWN * 4) break;
+                int item = self.thread + i * THREADS;
+                pair[i] = item % (OWN * 4), row[i] = pair[i] / 4 < share.own ? item / (OWN * 4) : ROWS;
+                if (row[i] >= rows) continue;
+                column[i] = column_of<N, DISTANCE>((self.cluster * TILES + self.rank * OWN) * 4 + pair[i]);
+                scale[i] = read(matrix.scale + layer * N + column[i]);
+                scale2[i] = read(matrix.scale + layer * N + column[i] + DISTANCE);
+                operands[i] = finish.read(first + row[i], column[i]);
+            }
+            wait_for_bytes(codes_there, step / 2);
+            int group = self.lane / 4, lane = self.lane % 4, part = self.warp % PARTS;
+            int sums[UNITS][4] = {};
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const uint8* at = codes + group * STRIDE + (part * EACH + i) * SEGMENT + lane * 16;
+                auto row = [&](int from) { return *reinterpret_cast<const uint4*>(at + from); };
+                uint4 low = row(0), low8 = row(8 * STRIDE), high = row(RUN), high8 = row(8 * STRIDE + RUN);
+                multiply_segment<UNITS, EACH>(sums, low, low8, high, high8, w, i);
+            }
+#pragma unroll
+            for (int unit = 0; unit < UNITS; unit++) {
+                int tile = self.warp / PARTS + unit * ABREAST;
+                if (tile >= share.tiles) break;
+                int source = WIDE ? part : self.rank * PARTS + part;
+                int* place = &memory.sums[(source * ROWS + group) * (OWN * 8) + tile % OWN * 8 + lane * 2];
+                constexpr int LOWER = 8 * OWN * 8;  // eight rows below
+                if constexpr (WIDE) {
+                    *reinterpret_cast<int2*>(place) = make_int2(sums[unit][0], sums[unit][1]);
+                    *reinterpret_cast<int2*>(place + LOWER) = make_int2(sums[unit][2], sums[unit][3]);
+                } else {
+                    unsigned there = in_block(place, tile / OWN), count = in_block(&memory.sums_there, tile / OWN);
+                    if (group < rows) send(there, count, sums[unit][0], sums[unit][1]);
+                    if (group + 8 < rows) send(there + LOWER * sizeof(int), count, sums[unit][2], sums[unit][3]);
+                }
+            }
+            if constexpr (PASSES == 1) next();
+            if constexpr (WIDE)
+                __syncthreads();
+            else
+                wait_for_bytes(&memory.sums_there, steps.sums++);
+#pragma unroll
+            for (int i = 0; i < ITEMS; i++) {
+                if (i * THREADS >= rows * OWN * 4) break;
+                if (row[i] >= rows) continue;
+                int a = 0, b = 0;
+#pragma unroll
+                for (int source = 0; source < SOURCES; source++) {
+                    int2 sums =
+                        *reinterpret_cast<int2*>(&memory.sums[(source * ROWS + row[i]) * (OWN * 8) + pair[i] * 2]);
+                    a += sums.x;
+                    b += sums.y;
+                }
+                float act_scale = memory.act_scale[step % 2][row[i]];
+                finish.write(first + row[i], column[i], float(a >> 4) * scale[i] * act_scale,
+                             float(b >> 4) * scale2[i] * act_scale, operands[i]);
+            }
+            __syncthreads();
+        }
+        if constexpr (PASSES > 1) next();
+    }
+};
+
+// How the sums of a pair of columns are finished.
+
+struct Turned {  // rotary embedding of q and k; a pair is the same channel of both halves of a head
+    const bf16 *cos, *sin;
+    bf16* out;
+    struct Operands {
+        bf16 cos, sin;
+    };
+    __device__ Operands read(int m, int column) const {
+        if (column >= (HEADS + 1) * HEAD) return {0x3F80, 0};  // 1 and 0
+        int at = m * HEAD + column % HEAD;
+        return {::read(cos + at), ::read(sin + at)};
+    }
+    __device__ void write(int m, int column, float a, float b, Operands angle) const {
+        float cos = to_float(angle.cos), sin = to_float(angle.sin);
+        ::write(out + m * QKV + column, a * cos - b * sin);
+        ::write(out + m * QKV + column + HEAD / 2, b * cos + a * sin);
+    }
+};
+
+struct Gated {  // GeGLU; a pair is a channel of the gate and of up
+    bf16* out;
+    struct Operands {};
+    __device__ Operands read(int, int) const { return {}; }
+    __device__ void write(int m, int column, float gate, float up, Operands) const {
+        ::write(out + m * MLP + column, low_half(geglu(to_pair(gate, 0.f), to_pair(up, 0.f))));
+    }
+};
+
+struct Added {      // to the residual stream, times a gate
+    const bf16* x;  // what this thread wrote, or was given
+    const float* gate;
+    bf16* out;
+    struct Operands {
+        unsigned pair;
+        float gate_a, gate_b;
+    };
+    __device__ Operands read(int m, int column) const {
+        unsigned pair = ::read(reinterpret_cast<const unsigned*>(x + m * WIDTH + column));
+        if constexpr (!ADAPTIVE) return {pair, 1.f, 1.f};
+        return {pair, ::read(gate + column), ::read(gate + column + 1)};
+    }
+    __device__ void write(int m, int column, float a, float b, Operands with) const {
+        ::write(reinterpret_cast<unsigned*>(out + m * WIDTH + column), a * with.gate_a + low_half(with.pair),
+                b * with.gate_b + high_half(with.pair));
+    }
+};
