@@ -267,7 +267,6 @@ inline bf16 to_bf16(float x) {
 }
 inline unsigned to_pair(float low, float high) { return to_bf16(low) | unsigned(to_bf16(high)) << 16; }
 inline float exp2_of(float x) { return exp2f(x); }
-inline float quotient(float a, float b) { return a / b; }
 inline float reciprocal(float x) { return 1.f / x; }
 
 template <class... T>

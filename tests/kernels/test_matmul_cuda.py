@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 import logging
 import pathlib
-import shutil
-import subprocess
 
 import emulated_hopper
+import nvcc
 import pytest
 import torch
 from torch import Tensor
@@ -21,10 +20,6 @@ from openpi_duquant.kernels.backend import Problem
 from openpi_duquant.kernels.matmul_cuda import Shape
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-NVCC = shutil.which("nvcc")
-CUDA_13 = (
-    NVCC and "release 13." in subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
-)
 DEVICE = "cuda" if HOPPER else "cpu"
 BF16 = torch.bfloat16
 
@@ -275,7 +270,7 @@ def test_where_it_does_not_compile_it_is_left_out(
     assert caplog.messages[-1] == "matmuls run without the kernel made for Hopper: no compiler"
 
 
-@pytest.mark.skipif(not CUDA_13, reason="needs the nvcc of CUDA 13")
+@nvcc.needed
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("shape", "after"),
@@ -287,24 +282,9 @@ def test_where_it_does_not_compile_it_is_left_out(
     ],
 )
 def test_it_compiles_without_spilling_registers_or_waiting(
-    kernel: dict[str, object], tmp_path_factory: pytest.TempPathFactory, shape: Shape, after: str, bits: int
+    kernel: dict[str, object], tmp_path: pathlib.Path, shape: Shape, after: str, bits: int
 ) -> None:
     make(shape, bits, geglu=after == "geglu", residual=after == "residual")
-    folder = tmp_path_factory.mktemp("matmul")
-    (folder / "matmul.cu").write_text(kernel["source"])
-    macros = [f"-D{name}={value}" for name, value in kernel["macros"].items()]
-    command = [
-        NVCC,
-        "-std=c++17",
-        "-arch=sm_90a",
-        "-cubin",
-        "-Xptxas",
-        "-v",
-        f"-I{matmul_cuda._SOURCE.parent}",
-        *macros,
-    ]
-    command += ["-o", folder / "code", folder / "matmul.cu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert " 0 bytes spill stores" in done.stderr
-    assert "serialized" not in done.stderr, "wgmmas wait for each other"
+    report = nvcc.report(kernel["source"], "sm_90a", kernel["macros"], tmp_path)
+    assert " 0 bytes spill stores" in report
+    assert "serialized" not in report, "wgmmas wait for each other"

@@ -2,8 +2,6 @@
 
 import logging
 import pathlib
-import shutil
-import subprocess
 
 from by_formula import DEVICE
 from by_formula import PROLOGUES
@@ -14,6 +12,7 @@ from by_formula import prologue_of
 from by_formula import sylvester
 import emulated_hopper
 import interpreted
+import nvcc
 import pytest
 import torch
 from torch import Tensor
@@ -28,10 +27,6 @@ from openpi_duquant.transforms import Transform
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of sm_90")
-NVCC = shutil.which("nvcc")
-CUDA_13 = (
-    NVCC and "release 13." in subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
-)
 BF16 = torch.bfloat16
 
 
@@ -268,15 +263,9 @@ def test_faults_are_found(launched: list[Kind], monkeypatch: pytest.MonkeyPatch)
     assert launched
 
 
-@pytest.mark.skipif(not CUDA_13, reason="needs the nvcc of CUDA 13")
+@nvcc.needed
 @pytest.mark.parametrize("kind", kinds(), ids=str)
-def test_it_compiles_without_spilling_registers(
-    asked: dict[str, object], tmp_path_factory: pytest.TempPathFactory, kind: Kind
-) -> None:
+def test_it_compiles_without_spilling_registers(asked: dict[str, object], tmp_path: pathlib.Path, kind: Kind) -> None:
     assert transform_cuda._kernel(torch.device("cuda", 0), kind) is not None
-    macros = [f"-D{name}={value}" for name, value in asked["macros"].items()]
-    output = tmp_path_factory.mktemp("transform") / "code"
-    command = [NVCC, "-std=c++17", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", *macros, "-o", output]
-    done = subprocess.run([*command, transform_cuda._SOURCE], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert " 0 bytes spill stores" in done.stderr
+    report = nvcc.report(transform_cuda._SOURCE.read_text(), "sm_90a", asked["macros"], tmp_path)
+    assert " 0 bytes spill stores" in report
