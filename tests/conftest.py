@@ -8,6 +8,9 @@ import pathlib
 import shutil
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # noqa: TID251  matrices this small lose time on several; so in subprocesses
+
 import torch
 
 if not torch.cuda.is_available():
@@ -28,12 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("triton"):
             item.add_marker(pytest.mark.skipif(missing, reason="Triton is not installed"))
             item.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Matrices this small lose time on several threads, very much of it where processes share the cores."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
