@@ -362,11 +362,11 @@ struct alignas(64) TensorMap {  // as emulated_hopper.py makes it
     int64 sizes[3], strides[2], box[3];  // of columns in bytes, rows, matrices; of rows, matrices
 };
 
-inline void load_box(void* to, const TensorMap& map, int column, int row, uint64* count) {
+inline void load_box(void* to, const TensorMap& map, int column, int row, int matrix, uint64* count) {
     require(shared_address(to) % 1024 == 0 && map.box[0] <= 128, "a box is not aligned");
     grid->under_way.push_back([=, to = static_cast<uint8*>(to)] {
         int64 at = 0;
-        for (int p = 0; p < map.box[2]; p++)
+        for (int p = matrix; p < matrix + map.box[2]; p++)
             for (int r = row; r < row + map.box[1]; r++)
                 for (int c = column; c < column + map.box[0]; c++, at++) {
                     bool inside = p < map.sizes[2] && r < map.sizes[1] && c < map.sizes[0];
@@ -389,12 +389,6 @@ inline void let_copy_engine_write() {}
 inline void fetch_into_l2(const void* at, int bytes) {
     require(std::uintptr_t(at) % 16 == 0 && bytes > 0 && bytes % 16 == 0, "what is fetched is not aligned");
 }
-inline void copy_async(void* to, const void* from) {
-    uint4 x = read_aligned<uint4>(from);
-    require(shared_address(to) % 16 == 0, "a copy is not aligned");
-    std::memcpy(to, &x, sizeof(x));
-}
-inline void wait_for_copies() {}
 
 // --- the tensor cores -----------------------------------------------------------------------------------------------
 

@@ -77,10 +77,10 @@ class _TensorMap(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _tensor_map(matrices: Tensor, rows: int, columns: int) -> ctypes.Structure:
+def _tensor_map(matrices: Tensor, rows: int, columns: int, *, together: int = 1) -> ctypes.Structure:
     (number, m, k), three = matrices.shape, ctypes.c_int64 * 3
     strides = (ctypes.c_int64 * 2)(matrices.stride(1), matrices.stride(0))
-    return _TensorMap(matrices.data_ptr(), three(k, m, number), strides, three(columns, rows, number))
+    return _TensorMap(matrices.data_ptr(), three(k, m, number), strides, three(columns, rows, together))
 
 
 def install(patch: pytest.MonkeyPatch, folder: pathlib.Path) -> None:

@@ -63,13 +63,14 @@ class TensorMap(ctypes.Structure):
     _fields_ = [("opaque", ctypes.c_uint64 * 16)]
 
 
-def tensor_map(matrices: Tensor, rows: int, columns: int) -> TensorMap:
-    """Describes boxes of all matrices, swizzled in pieces of 16 bytes as rows of that many are.
+def tensor_map(matrices: Tensor, rows: int, columns: int, *, together: int = 1) -> TensorMap:
+    """Describes boxes of matrices, swizzled in pieces of 16 bytes as rows of that many are.
 
     Args:
         matrices: [P, M, K] of bytes, whose strides are multiples of 16 but the last.
         rows: Of a box, up to 256; those that a matrix does not have are zeros.
         columns: Of a box: 32, 64 or 128 bytes.
+        together: Matrices that a box is of.
 
     Raises:
         DuQuantError: If the driver refuses it.
@@ -80,7 +81,7 @@ def tensor_map(matrices: Tensor, rows: int, columns: int) -> TensorMap:
     (number, m, k), three = matrices.shape, ctypes.c_uint32 * 3
     strides = (ctypes.c_uint64 * 2)(matrices.stride(1), matrices.stride(0))
     what = ctypes.c_void_p(matrices.data_ptr()), (ctypes.c_uint64 * 3)(k, m, number), strides
-    box = three(columns, rows, number), three(1, 1, 1)
+    box = three(columns, rows, together), three(1, 1, 1)
     swizzle, into_l2 = columns.bit_length() - 5, 3  # 32, 64, 128 bytes are 1, 2, 3; 256 bytes at a time into L2
     encode = _cuda().cuTensorMapEncodeTiled
     status = encode(ctypes.byref(room, start), 0, 3, *what, *box, 0, swizzle, into_l2, 0)

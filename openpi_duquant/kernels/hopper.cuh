@@ -1,5 +1,5 @@
-// All that the kernels made for Hopper ask of the machine in PTX. Tests put a header in its place that does the same on a
-// CPU: tests/emulated_hopper.cuh.
+// All that the kernels made for Hopper ask of the machine in PTX. Tests put a header in its place that does the same on
+// a CPU: tests/emulated_hopper.cuh.
 
 using uint8 = unsigned char;
 using bf16 = unsigned short;
@@ -157,17 +157,17 @@ __device__ void write(unsigned* at, float low, float high) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(to_pair(low, high)) : "memory");
 }
 
-// --- the copy engine (TMA), and other copies ------------------------------------------------------------------------
+// --- the copy engine (TMA) ------------------------------------------------------------------------------------------
 
 struct alignas(64) TensorMap {  // CUtensorMap
     uint64 opaque[16];
 };
 
-__device__ void load_box(void* to, const TensorMap& map, int column, int row, uint64* count) {
+__device__ void load_box(void* to, const TensorMap& map, int column, int row, int matrix, uint64* count) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
             "r"(shared_address(to)),
-        "l"(&map), "r"(column), "r"(row), "r"(0), "r"(shared_address(count))
+        "l"(&map), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(count))
         : "memory");
 }
 __device__ void load_bytes(void* to, const void* from, int bytes, uint64* count) {
@@ -182,10 +182,6 @@ __device__ void let_copy_engine_write() {  // where this thread has written or r
 __device__ void fetch_into_l2(const void* at, int bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes));
 }
-__device__ void copy_async(void* to, const void* from) {  // 16 bytes
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-__device__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // --- the tensor cores -----------------------------------------------------------------------------------------------
 

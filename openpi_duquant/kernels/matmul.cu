@@ -88,8 +88,8 @@ struct Filling {
         if (turn >= STAGES) wait_for_bytes(&memory.emptied[slot], turn / STAGES - 1);
         place.go_to(given, tile);
         expect(count, sizeof(Stage));
-        load_box(stage.weight, weight, column, place.first_row, count);
-        load_box(stage.codes, codes, column, place.first_token, count);
+        load_box(stage.weight, weight, column, place.first_row, 0, count);
+        load_box(stage.codes, codes, column, place.first_token, 0, count);
         turn++;
         if (++step == place.steps) step = 0, tile += gridDim.x / PARTS;
     }

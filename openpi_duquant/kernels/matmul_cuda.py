@@ -150,8 +150,9 @@ def _run(
 ) -> None:
     (m, _), (n, stored) = a.shape, weight.shape
     halves = weight.view(2, n // 2, stored) if geglu else weight[None]  # gate and up
-    weights = driver.tensor_map(halves, shape.rows // len(halves), _CHANNELS)
-    codes = driver.tensor_map(a.unflatten(1, (-1, stored)).transpose(0, 1), shape.tokens, _CHANNELS)
+    pieces = a.unflatten(1, (-1, stored)).transpose(0, 1)
+    weights = driver.tensor_map(halves, shape.rows // len(halves), _CHANNELS, together=len(halves))
+    codes = driver.tensor_map(pieces, shape.tokens, _CHANNELS, together=len(pieces))
     tensors = (None if x is None else x.data_ptr() for x in (act_scale, weight_scale, residual, out))
     tiles = math.ceil(m / shape.tokens) * math.ceil(n / shape.rows)
     blocks = min(tiles, processors_of(a.device)) if shape.parts == 1 else tiles * shape.parts

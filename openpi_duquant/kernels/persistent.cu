@@ -24,17 +24,19 @@
 static_assert(sizeof(Memory) <= SHARED_MEMORY, "it has room");
 
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1)
-    run_layers(const __grid_constant__ Arguments given) {
+    run_layers(const __grid_constant__ Arguments given, const __grid_constant__ TensorMap keys,
+               const __grid_constant__ TensorMap values) {
     Memory& memory = shared_memory<Memory>();
     Self self;
     if (self.thread == 0) {
-        for (uint64* count :
-             {&memory.codes_there[0], &memory.codes_there[1], &memory.sums_there, &memory.partial_there})
+        for (uint64* count : {&memory.codes_there[0], &memory.codes_there[1], &memory.sums_there, &memory.partial_there,
+                              &memory.cached_there})
             initialize(count, 1);
         publish_counts();
     }
     wait_for_cluster();
-    Steps steps = {0, 0, 0, -1};
+    Cached cached = {keys, values};
+    Steps steps = {0, 0, 0, 0, -1};
     Matmul<QKV, WIDTH, QKV_BLOCK, true, QKV_PERMUTED, HEAD / 2> qkv;
     Matmul<WIDTH, HEADS * HEAD, 0, false, false, 1> o;
     Matmul<2 * MLP, WIDTH, UP_BLOCK, true, UP_PERMUTED, MLP> gate_up;
@@ -42,7 +44,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     unsigned tokens = given.batch * given.length;
     const bf16* x = given.x;
     qkv.read_ahead(self, given.qkv, 0);
-    Attention(self, given, 0, nullptr, nullptr, memory).read_ahead();
+    Attention(self, given, cached, 0, nullptr, nullptr, memory).read_ahead();
     for (int layer = 0; layer < given.layers; layer++) {
         const float *norm = given.norms + 2 * layer * NORM, *norm2 = norm + NORM;
         bf16* heads = given.buffers + layer * tokens * BUFFER;
@@ -52,7 +54,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         qkv.run(
             self, given, given.qkv, layer, x, layer == 0, norm, Turned{given.cos, given.sin, heads},
             [&] { o.read_ahead(self, given.o, layer); }, steps, memory);
-        Attention(self, given, layer, heads, attended, memory).run(following, steps);
+        Attention(self, given, cached, layer, heads, attended, memory).run(following, steps);
         o.run(
             self, given, given.o, layer, attended, false, nullptr, Added{x, norm + 2 * WIDTH, middle},
             [&] { gate_up.read_ahead(self, given.gate_up, layer); }, steps, memory);
@@ -60,7 +62,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
             self, given, given.gate_up, layer, middle, false, norm2, Gated{hidden},
             [&] {
                 down.read_ahead(self, given.down, layer);
-                Attention(self, given, following, nullptr, nullptr, memory).read_ahead();
+                Attention(self, given, cached, following, nullptr, nullptr, memory).read_ahead();
             },
             steps, memory);
         down.run(

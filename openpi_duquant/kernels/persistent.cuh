@@ -41,14 +41,16 @@ struct Arguments {
     bf16* out;      // [tokens, WIDTH]
     bf16* buffers;  // [layers, tokens, BUFFER], of unwritten numbers
     Matrix qkv, o, gate_up, down;
-    const float* norms;  // [2 layers, NORM]
-    const bf16* keys;    // [layers, batch, prefix, HEAD]
-    const bf16* values;
+    const float* norms;    // [2 layers, NORM]
     const uint8* visible;  // [batch, prefix]; null for all
     const bf16* cos;       // [tokens, HEAD]
     const bf16* sin;
     Array arrays[ARRAYS];  // all that layers have of their own; the rest without bytes
     int layers, batch, length, prefix, state_first;
+};
+
+struct Cached {  // [layers * batch, prefix, HEAD], in boxes of 64 channels and of as many keys as a block has
+    const TensorMap &keys, &values;
 };
 
 struct AttentionMemory {
@@ -58,8 +60,8 @@ struct AttentionMemory {
 };
 
 struct Memory {
-    bf16 keys[KEYS][HEAD + PAD];
-    bf16 values[KEYS][CHANNELS + PAD];
+    uint8 keys[HEAD / 64][KEYS][128];  // as the copy engine lays boxes down
+    uint8 values[CHANNELS / 64][KEYS][128];
     uint8 codes[2][ROWS * MOST_CODES];  // of even and odd tiles of rows
     float act_scale[2][ROWS];
     union {
@@ -72,7 +74,7 @@ struct Memory {
     float squares[WARPS];
     unsigned largest[WARPS];
     uint8 seen[KEYS];
-    uint64 codes_there[2], sums_there, partial_there;  // how many bytes have come
+    uint64 codes_there[2], sums_there, partial_there, cached_there;  // how many bytes have come
 };
 
 __device__ float lowest() { return __uint_as_float(0xFF800000); }  // minus infinity
@@ -123,6 +125,6 @@ __device__ void wait_for_half(const Self& self) {  // the threads that have the 
 }
 
 struct Steps {  // how often a block has waited for bytes
-    int codes, sums, partial;
+    int codes, sums, partial, cached;
     int looked;  // the observation whose visible keys it knows
 };

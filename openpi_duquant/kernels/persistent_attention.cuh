@@ -4,19 +4,26 @@
 
 #include "persistent.cuh"
 
+template <int BOXES>  // 8 channels of a row, where the copy engine puts them
+__device__ uint8* piece_of(uint8 (&boxes)[BOXES][KEYS][128], int row, int channel) {
+    return &boxes[channel / 64][row][(channel / 8 % 8 ^ row % 8) * 16];
+}
+
 struct Attention {
     const Arguments& given;
+    const Cached& cached;
     Memory& memory;
     const bf16* heads;  // [tokens, QKV]
     bf16* out;          // [tokens, HEADS * HEAD]
     Self self;
-    int layer, blocks;  // blocks: of pairs, of an observation
-    int first, keys;    // of this block: the cached ones, then the tokens' own
+    int layer, blocks;      // blocks: of pairs, of an observation
+    int first, keys, each;  // of this block: the cached ones, then the tokens' own; each: the most that one has
 
-    __device__ Attention(const Self& self, const Arguments& given, int layer, const bf16* heads, bf16* out,
-                         Memory& memory)
-        : given(given), memory(memory), heads(heads), out(out), self(self), layer(layer) {
-        int all = given.prefix + given.length, each = ((all + CLUSTER - 1) / CLUSTER + 15) / 16 * 16;
+    __device__ Attention(const Self& self, const Arguments& given, const Cached& cached, int layer, const bf16* heads,
+                         bf16* out, Memory& memory)
+        : given(given), cached(cached), memory(memory), heads(heads), out(out), self(self), layer(layer) {
+        int all = given.prefix + given.length;
+        each = ((all + CLUSTER - 1) / CLUSTER + 15) / 16 * 16;
         first = self.rank * each;
         keys = min(each, (all - first + 15) / 16 * 16);  // none, or less, if the others have all
         blocks = (given.length * HEADS + ROWS - 1) / ROWS;
@@ -37,15 +44,15 @@ struct Attention {
         Unit unit = this->unit(0, self.cluster);
         if (exists(unit)) read_cached(unit);
     }
-    __device__ void read_cached(const Unit& unit) const {  // asynchronously
-        int rows = min(keys, given.prefix - first);
-        int64 start = ((int64(layer) * given.batch + unit.element()) * given.prefix + first) * HEAD;
-        const bf16 *key = given.keys + start, *value = given.values + start + unit.share() * CHANNELS;
-        for (int i = self.warp, d = self.lane * 8; i < rows; i += WARPS)
-            copy_async(&memory.keys[i][d], key + unsigned(i * HEAD + d));
-        constexpr int LANES = CHANNELS / 8;  // of a row
-        for (int i = self.thread / LANES, d = self.thread % LANES * 8; i < rows; i += THREADS / LANES)
-            copy_async(&memory.values[i][d], value + unsigned(i * HEAD + d));
+    __device__ void read_cached(const Unit& unit) const {  // by the copy engine, zeros where there are none
+        if (self.thread > 0) return;
+        int matrix = layer * given.batch + unit.element();
+        uint64* count = &memory.cached_there;
+        let_copy_engine_write();
+        expect(count, (HEAD + CHANNELS) * int(sizeof(bf16)) * each);
+        for (int i = 0; i < HEAD / 64; i++) load_box(memory.keys[i], cached.keys, i * 128, first, matrix, count);
+        for (int i = 0; i < CHANNELS / 64; i++)
+            load_box(memory.values[i], cached.values, (unit.share() * CHANNELS / 64 + i) * 128, first, matrix, count);
     }
     __device__ void look(int element) const {  // which keys are to be seen
         int key = first + self.thread;
@@ -71,12 +78,11 @@ struct Attention {
                 k = peek(k_at), v = peek(v_at);
                 k = until_written(k, k_at), v = until_written(v, v_at);
             }
-            *reinterpret_cast<uint4*>(&memory.keys[i][d]) = k;
-            if (d / CHANNELS == unit.share()) *reinterpret_cast<uint4*>(&memory.values[i][d % CHANNELS]) = v;
+            *reinterpret_cast<uint4*>(piece_of(memory.keys, i, d)) = k;
+            if (d / CHANNELS == unit.share()) *reinterpret_cast<uint4*>(piece_of(memory.values, i, d % CHANNELS)) = v;
         }
         if (asks) q = until_written(q, q_at);
         *reinterpret_cast<uint4*>(&memory.attention.q[self.warp][d]) = q;
-        wait_for_copies();
     }
 
     __device__ void score(int block) const {  // a warp has 16 keys, and half of the channels
@@ -89,7 +95,7 @@ struct Attention {
             unsigned a[4], b[4];
             int d = part * (HEAD / 2) + i * 16;
             load_matrices(a, &own.q[lane % 16][d + lane / 16 * 8]);
-            load_matrices(b, &memory.keys[tile + lane / 16 * 8 + lane % 8][d + lane / 8 % 2 * 8]);
+            load_matrices(b, piece_of(memory.keys, tile + lane / 16 * 8 + lane % 8, d + lane / 8 % 2 * 8));
             multiply(sums[0], a, b[0], b[1]);
             multiply(sums[1], a, b[2], b[3]);
         }
@@ -140,9 +146,9 @@ struct Attention {
             unsigned a[4], a2[4], b[4];
             load_matrices(a, &own.weights[lane % 16][key + lane / 16 * 8]);
             load_matrices(a2, &own.weights[lane % 16][key + 16 + lane / 16 * 8]);
-            load_transposed(b, &memory.values[min(key + lane, keys - 1)][d]);
+            load_transposed(b, piece_of(memory.values, key + lane, d));
             multiply(sums[0], a, b[0], b[1]);
-            multiply(sums[1], a2, b[2], b[3]);
+            if (key + 16 < keys) multiply(sums[1], a2, b[2], b[3]);
         }
         int channel = d + lane % 4 * 2, to = d / SLICE;
         unsigned there = in_block(&memory.partial[self.rank][lane / 4][channel % SLICE], to);
@@ -194,10 +200,12 @@ struct Attention {
     __device__ void run(int following, Steps& steps) const {
         Unit unit = this->unit(0, self.cluster);
         fetch(following);
-        for (int loaded = unit.group; exists(unit);) {
+        for (int loaded = -1; exists(unit);) {
             if (self.thread == 0) expect(&memory.partial_there, int(sizeof(memory.partial) + sizeof(memory.totals)));
-            if (unit.group != loaded) read_cached(unit);
+            bool others = unit.group != loaded;
+            if (others && loaded >= 0) read_cached(unit);  // the first ones are read ahead
             if (unit.element() != steps.looked) look(unit.element());
+            if (others) wait_for_bytes(&memory.cached_there, steps.cached++);
             loaded = unit.group, steps.looked = unit.element();
             read_own(unit);
             __syncthreads();

@@ -46,7 +46,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "out", "buffers")),
         *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down")),
-        *((name, ctypes.c_void_p) for name in ("norms", "keys", "values", "visible", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("norms", "visible", "cos", "sin")),
         ("arrays", _Array * _ARRAYS),
         *((name, ctypes.c_int) for name in ("layers", "batch", "length", "prefix", "state_first")),
     ]
@@ -83,13 +83,15 @@ def launch(
     columns = (2 * _HEADS + 2) * _HEAD + _MLP + 2 * _WIDTH
     out, buffers = torch.empty_like(x), x.new_empty(layers, batch * length, columns)
     buffers.view(torch.int16).fill_(-1)  # no number that the kernel computes
+    most_keys = math.ceil((prefix + length) / _CLUSTER / _ROWS) * _ROWS  # of a block, as the kernel counts
+    boxes = [driver.tensor_map(cached.flatten(0, 1).view(torch.uint8), most_keys, 128) for cached in (keys, values)]
     matrices = (_Matrix(*map(_address, matrix[:3])) for matrix in stack[:4])
-    tensors = map(_address, (norms, keys, values, visible, cos, sin))
+    tensors = map(_address, (norms, visible, cos, sin))
     sizes = layers, batch, length, prefix, state_first
     of_layers = buffers, *(part for matrix in stack[:4] for part in matrix[:3]), norms, keys, values
     arrays = (_Array * _ARRAYS)(*((part.data_ptr(), part.nbytes // layers) for part in of_layers if part is not None))
     arguments = _Arguments(*map(_address, (x, out, buffers)), *matrices, *tensors, arrays, *sizes)
-    function((clusters * _CLUSTER, 1, 1), 32 * _WARPS, [arguments], cooperative=True)
+    function((clusters * _CLUSTER, 1, 1), 32 * _WARPS, [arguments, *boxes], cooperative=True)
     return out
 
 
