@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/openpi-duquant demo --output $(OUT) $(if $(CKPT),--checkpoint $(CKPT))
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
 test-libero: $(VENV)-libero/installed
 	$(VENV)-libero/bin/python -m pytest -q tests/libero
