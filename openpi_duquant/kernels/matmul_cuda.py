@@ -21,7 +21,7 @@ from openpi_duquant.kernels.backend import processors_of
 
 _SOURCE = pathlib.Path(__file__).with_name("matmul.cu")
 _KERNEL = "matmul"
-_SMALLEST = 2**33  # multiplications; below, a block has too little to do to be worth its beginning
+_SMALLEST = 2**32  # multiplications; below, a block has too little to do to be worth its beginning
 _SHARED_MEMORY = 227 * 1024 - 256  # but for what counts the stages
 _MOST_PARTS = 8  # blocks of a cluster
 _LARGEST_DIFFERENCE = 2e-3  # of the result: bf16 is rounded to 2e-3 of a number, but few of them the other way
@@ -82,8 +82,12 @@ def shape_for(m: int, n: int, stored: int, bits: int, processors: int, *, geglu:
         rounds = math.ceil(tiles * shape.parts / at_a_time)
         return rounds * (one + 1000) + 3000 if shape.parts == 1 else rounds * (one + 8500)
 
-    cuts = [(256, 1)] if geglu else [(256, 1), *((128, parts) for parts in range(1, min(_MOST_PARTS, steps) + 1))]
-    return min((Shape(tokens, *cut) for tokens in range(64, 145, 16) for cut in cuts), key=cycles)
+    shapes = [Shape(tokens, 256, 1) for tokens in range(64, 145, 16)]
+    if not geglu:
+        shapes += [Shape(tokens, 128, 1) for tokens in range(64, 177, 16)]
+        parts = range(2, min(_MOST_PARTS, steps) + 1)
+        shapes += [Shape(tokens, 128, number) for tokens in range(64, 145, 16) for number in parts]
+    return min(shapes, key=cycles)
 
 
 def takes(

@@ -74,7 +74,7 @@ def test_it_is_its_definition(m: int, k: int, n: int, bits: int, after: str) -> 
     steps = -(-k * bits // 8 // 128)
     shapes = [Shape(64, 256, 1), Shape(144, 256, 1)]
     if after != "geglu":
-        shapes += Shape(64, 128, 1), Shape(96, 128, min(3, steps)), Shape(144, 128, min(8, steps))
+        shapes += Shape(64, 128, 1), Shape(176, 128, 1), Shape(96, 128, min(3, steps)), Shape(144, 128, min(8, steps))
     check(m, k, n, bits, after, shapes)
 
 
@@ -184,6 +184,13 @@ def test_few_tiles_are_shared_out() -> None:
     assert shared.parts > 1
     assert -(-544 // shared.tokens) * (2048 // shared.rows) * shared.parts <= 132
     assert matmul_cuda.shape_for(544, 32768, 1024, 4, 132, geglu=False).parts == 1
+
+
+def test_tiles_of_q_k_v_are_as_high_as_one_round_needs() -> None:
+    """Of 968 tokens: 7 tiles of 144 by 20 would be more than there are SMs."""
+    shape = matmul_cuda.shape_for(968, 2560, 1024, 4, 132, geglu=False)
+    assert shape.parts == 1
+    assert -(-968 // shape.tokens) * (2560 // shape.rows) <= 132
 
 
 def test_a_tile_has_gate_and_up_of_many_channels() -> None:
