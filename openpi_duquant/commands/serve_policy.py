@@ -94,23 +94,25 @@ def warm_up(policy: "Policy") -> None:
     from openpi.models.model import Observation  # noqa: PLC0415
 
     from openpi_duquant.plugin.engine_model import EngineModel  # noqa: PLC0415
+    from openpi_duquant.plugin.inference import as_observation  # noqa: PLC0415
 
     model, device = policy._model, policy._pytorch_device  # noqa: SLF001
-    config = model.config
-    tokens = torch.arange(config.max_token_len, device=device)[None]
-    black = torch.zeros(1, *IMAGE_RESOLUTION, 3, dtype=torch.uint8, device=device)
-    graphs = isinstance(model, EngineModel) and str(device).startswith("cuda")
+    config, engine = model.config, isinstance(model, EngineModel)
+    observe, place = (as_observation, "cpu") if engine else (Observation.from_dict, device)
+    tokens = torch.arange(config.max_token_len, device=place)[None]
+    black = torch.zeros(1, *IMAGE_RESOLUTION, 3, dtype=torch.uint8, device=place)
+    graphs = engine and str(device).startswith("cuda")
     for cameras, prompt in itertools.product((2, 3), (16, 32, 48)) if graphs else [(3, 24)]:
         inputs = {
             "image": dict.fromkeys(IMAGE_KEYS, black),
             "image_mask": {
-                key: torch.full((1,), index < cameras, device=device) for index, key in enumerate(IMAGE_KEYS)
+                key: torch.full((1,), index < cameras, device=place) for index, key in enumerate(IMAGE_KEYS)
             },
-            "state": torch.zeros(1, config.action_dim, device=device),
+            "state": torch.zeros(1, config.action_dim, device=place),
             "tokenized_prompt": torch.zeros_like(tokens, dtype=torch.int32),
             "tokenized_prompt_mask": tokens < prompt,
         }
-        model.sample_actions(device, Observation.from_dict(inputs), **policy._sample_kwargs)  # noqa: SLF001
+        model.sample_actions(device, observe(inputs), **policy._sample_kwargs)  # noqa: SLF001
 
 
 async def _serve_until_stopped(server: "WebsocketPolicyServer", address: str) -> None:

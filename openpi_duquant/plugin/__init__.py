@@ -13,6 +13,7 @@ require_openpi()
 
 from openpi.training.config import get_config  # noqa: E402
 
+from openpi_duquant.plugin import inference  # noqa: E402
 from openpi_duquant.plugin.configs import SUFFIX  # noqa: E402
 from openpi_duquant.plugin.configs import register  # noqa: E402
 from openpi_duquant.plugin.configs import register_all  # noqa: E402
@@ -22,3 +23,4 @@ from openpi_duquant.plugin.quantization import Quantization  # noqa: E402
 __all__ = ["SUFFIX", "Quantization", "create_trained_policy", "get_config", "register"]
 
 register_all()
+inference.install()

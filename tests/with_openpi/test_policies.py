@@ -53,9 +53,7 @@ def libero_actions_by_hand(folder: pathlib.Path, observation: dict[str, Any], da
     tokens = torch.tensor([tokenizer.encode(observation["prompt"], add_bos=True) + tokenizer.encode("\n")])
     images = {"base_0_rgb": "observation/image", "left_wrist_0_rgb": "observation/wrist_image"}
     seen = Observation(
-        images={
-            camera: torch.from_numpy(observation[key])[None].float() / 255 * 2 - 1 for camera, key in images.items()
-        },
+        images={camera: torch.from_numpy(observation[key])[None] for camera, key in images.items()},
         image_masks={"right_wrist_0_rgb": torch.tensor([False])},
         tokenized_prompt=tokens,
         tokenized_prompt_mask=torch.ones_like(tokens, dtype=torch.bool),
