@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib.util
 import io
 from unittest import mock
 
@@ -44,6 +45,14 @@ REPEATS = 100
 
 def problem(n: int, k: int, weight_bits: int = 4, activation_bits: int = 8) -> Problem:
     return Problem(n, k, weight_bits, activation_bits, 1, "none", 0, torch.bfloat16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_can_be_made() -> None:
+    """Skips where nobody has made them, and BitBLAS is not there to make them."""
+    possible, reasons = loading.can_run(problem(256, 1024), GPU)
+    if not possible and importlib.util.find_spec("bitblas") is None:
+        pytest.skip("; ".join(reasons))
 
 
 def random_weight(what: Problem) -> Tensor:
