@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 import ctypes
 import functools
+import hashlib
+import logging
 import pathlib
 from typing import Any, NamedTuple
 
@@ -10,10 +12,15 @@ import torch
 from torch import Tensor
 
 from openpi_duquant.config import DuQuantError
+from openpi_duquant.environment import cache_folder
+from openpi_duquant.kernels.files import write_whole
 
+_FOLDER = pathlib.Path(__file__).parent
 _NO_CONTEXT = 201
 _MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+
+_logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -165,7 +172,7 @@ def load(code: bytes, name: str, shared_memory: int, device: int) -> Function:
 
 
 def compile_source(name: str, source: str, architecture: str, constants: Mapping[str, int | str]) -> bytes:
-    """Compiles CUDA C++ to machine code.
+    """Compiles CUDA C++ to machine code; once, as long as nothing of it changes: the code is kept in the cache.
 
     Args:
         name: Of the source, for messages.
@@ -183,8 +190,29 @@ def compile_source(name: str, source: str, architecture: str, constants: Mapping
         nvrtc = _nvrtc()
     except OSError as error:
         raise DuQuantError(f"torch's libcaffe2_nvrtc.so cannot be loaded: {error}") from None
-    options = [f"-arch={architecture}", "-std=c++17", f"-I{pathlib.Path(__file__).parent}"]
-    options += [f"-D{name}={value}" for name, value in constants.items()]
+    options = [f"-arch={architecture}", "-std=c++17", *(f"-D{macro}={value}" for macro, value in constants.items())]
+    kept = _place(name, source, options, nvrtc)
+    if kept.exists():
+        return kept.read_bytes()
+    code = _compiled(name, source, options, nvrtc)
+    try:
+        write_whole(kept, code)
+    except OSError as error:
+        _logger.warning("%s cannot be kept compiled, the next start compiles it again: %s", name, error)
+    return code
+
+
+def _place(name: str, source: str, options: Sequence[str], nvrtc: ctypes.CDLL) -> pathlib.Path:
+    """The file of a source's machine code."""
+    version = ctypes.c_int(), ctypes.c_int()
+    nvrtc.nvrtcVersion(*map(ctypes.byref, version))
+    headers = [path.read_text() for path in sorted(_FOLDER.glob("*.cuh"))]
+    what = source, headers, options, [number.value for number in version]
+    return cache_folder() / "cuda" / f"{name}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.cubin"
+
+
+def _compiled(name: str, source: str, options: Sequence[str], nvrtc: ctypes.CDLL) -> bytes:
+    options = [*options, f"-I{_FOLDER}"]
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     named = ctypes.byref(program), source.encode(), name.encode(), 0, None, None
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
@@ -195,5 +223,5 @@ def compile_source(name: str, source: str, architecture: str, constants: Mapping
     getattr(nvrtc, f"nvrtcGet{what}")(program, result)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     if status:
-        raise DuQuantError(f"{name} does not compile for {architecture}: {result.value.decode().strip()}")
+        raise DuQuantError(f"{name} does not compile with {options[0]}: {result.value.decode().strip()}")
     return result.raw
