@@ -86,6 +86,7 @@ struct Warp {
 struct Block {
     std::vector<Warp> warps;
     Barrier all, named[16];
+    int left = 0;  // threads that are not done
     std::unique_ptr<uint8, decltype(&std::free)> memory{nullptr, std::free};
 };
 
@@ -94,6 +95,7 @@ struct Thread {
     jmp_buf at;
     std::unique_ptr<char[]> stack;
     bool started = false, done = false;
+    std::vector<std::vector<std::function<void()>>> groups{1};  // of products; the last is open
 };
 
 struct Grid {
@@ -117,6 +119,7 @@ inline void yield() {
 }
 inline void start_thread() {
     grid->kernel();
+    grid->block().left--;
     grid->of_threads[grid->running].done = grid->moved = true;
     _longjmp(grid->scheduler, 1);
 }
@@ -146,6 +149,7 @@ const char* run_grid(Grid& given, void (*kernel)(Given...), void** arguments) {
     given.of_blocks.resize(given.blocks);
     for (Block& block : given.of_blocks) {
         block.warps.resize(given.threads / 32);
+        block.left = given.threads;
         block.memory.reset(static_cast<uint8*>(std::aligned_alloc(1024, (given.shared_bytes + 1023) / 1024 * 1024)));
         std::memset(block.memory.get(), 0x7F, given.shared_bytes);  // large numbers, if read before they are written
     }
@@ -192,6 +196,7 @@ void wait_for_threads(int barrier) {
 inline void wait_for_cluster() {
     arrive_and_wait(grid->of_clusters[blockIdx.x / grid->cluster], grid->threads * grid->cluster);
 }
+inline void leave_cluster() { wait_for_cluster(); }
 
 // What the lanes of a warp give each other; all of them must come.
 template <int WORDS>
@@ -212,6 +217,9 @@ T reduced(T x, Reduce reduce) {
 }
 inline bool __any_sync(unsigned, bool x) {
     return reduced(unsigned(x), [](unsigned a, unsigned b) { return a | b; });
+}
+inline unsigned __ballot_sync(unsigned, bool x) {
+    return reduced(unsigned(x) << threadIdx.x % 32, [](unsigned a, unsigned b) { return a | b; });
 }
 inline unsigned __reduce_max_sync(unsigned, unsigned x) {
     return reduced(x, [](unsigned a, unsigned b) { return max(a, b); });
@@ -266,6 +274,12 @@ inline bf16 to_bf16(float x) {
     return bf16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 inline unsigned to_pair(float low, float high) { return to_bf16(low) | unsigned(to_bf16(high)) << 16; }
+inline unsigned to_half_pair(float low, float high) {
+    return same_bits<uint16_t>(_Float16(low)) | unsigned(same_bits<uint16_t>(_Float16(high))) << 16;
+}
+inline float2 from_half_pair(unsigned pair) {
+    return {float(same_bits<_Float16>(uint16_t(pair))), float(same_bits<_Float16>(uint16_t(pair >> 16)))};
+}
 inline float exp2_of(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1.f / x; }
 
@@ -326,7 +340,11 @@ void send_bytes(unsigned there, unsigned count, const T& x) {
 inline void send(unsigned there, unsigned count, unsigned a) { send_bytes(there, count, a); }
 inline void send(unsigned there, unsigned count, unsigned a, unsigned b) { send_bytes(there, count, uint2{a, b}); }
 inline void send(unsigned there, unsigned count, uint4 a) { send_bytes(there, count, a); }
-inline int4 read_in_block(const int4* at, int rank) { return *reinterpret_cast<int4*>(pointer_to(in_block(at, rank))); }
+template <class T>
+T read_in_block(const T* at, int rank) {
+    require(grid->of_cluster(rank).left > 0, "the block that is read is gone");
+    return *reinterpret_cast<T*>(pointer_to(in_block(at, rank)));
+}
 
 // --- global memory --------------------------------------------------------------------------------------------------
 
@@ -424,23 +442,81 @@ void multiply(Sum (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) 
                     product_of(words[row * 4 + word][2 * half + i / 2], words[column * 4 + word][4 + half], Sum());
     }
 }
-// wgmma: a warp's 16 rows, by tokens in rows of 128 bytes in shared memory, swizzled.
-template <int SUMS>
-void multiply(int (&sums)[SUMS], const unsigned (&a)[4], uint64 descriptor) {
-    auto words = exchange({a[0], a[1], a[2], a[3]});
-    const uint8* first = grid->block().memory.get() + (descriptor & 0x3FFF) * 16;
-    for (int i = 0; i < SUMS; i++) {
-        int row = threadIdx.x % 32 / 4, token = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
-        for (int word = 0; word < 8; word++) {
-            std::uintptr_t at = reinterpret_cast<std::uintptr_t>(first) + token * 128 + word * 4;
-            unsigned codes = *reinterpret_cast<const unsigned*>(at ^ (at >> 7 & 7) << 4);
-            sums[i] += product_of(words[row * 4 + word % 4][word / 4 * 2 + i / 2 % 2], codes, 0);
-        }
-    }
+// wgmma: products of a group are made when it is waited for, and later.
+inline void when_waited_for(std::function<void()> product) {
+    grid->of_threads[grid->running].groups.back().push_back(std::move(product));
 }
 inline void begin_products() {}
-inline void commit_products() {}
-inline void wait_for_products() {}
+inline void commit_products() { grid->of_threads[grid->running].groups.emplace_back(); }
+template <int LEFT = 0>
+void wait_for_products() {
+    auto& groups = grid->of_threads[grid->running].groups;
+    require(groups.back().empty(), "products are not in a group");
+    for (unsigned i = 0; i <= threadIdx.x / 128; i++) yield();  // a warpgroup after the other
+    for (; groups.size() > LEFT + 1; groups.erase(groups.begin()))
+        for (auto& product : groups.front()) product();
+}
+
+// Rows of 128 bytes in shared memory, swizzled, as wgmma is told of them.
+struct Described {
+    std::uintptr_t start;
+    int apart;  // bytes from 64 columns to the next
+
+    explicit Described(uint64 told) : apart((told >> 16 & 0x3FFF) * 16) {
+        start = reinterpret_cast<std::uintptr_t>(grid->block().memory.get()) + (told & 0x3FFF) * 16;
+        require(told >> 32 == (1 << 30 | 64), "rows are not swizzled, eight by eight");
+    }
+    template <class T>
+    T read(int row, int byte) const {
+        std::uintptr_t at = start + row * 128 + byte;
+        return *reinterpret_cast<const T*>(at ^ (at >> 7 & 7) << 4);
+    }
+};
+struct At {  // where a sum is, in 64 rows
+    int row, column;
+
+    explicit At(int i) {
+        row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
+        column = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+    }
+};
+template <class Sum, int SUMS, class A, class B>
+void multiply_later(Sum (&sums)[SUMS], A word_of_row, B word_of_column) {
+    when_waited_for([=, &sums] {
+        for (int i = 0; i < SUMS; i++)
+            for (int word = 0; word < 8; word++) {
+                At at(i);
+                sums[i] += product_of(word_of_row(at.row, word), word_of_column(at.column, word), Sum());
+            }
+    });
+}
+struct Fragments {  // of a warp's rows
+    unsigned words[32][4];
+
+    explicit Fragments(const unsigned (&a)[4]) {
+        auto given = exchange({a[0], a[1], a[2], a[3]});
+        for (int i = 0; i < 128; i++) words[i / 4][i % 4] = unsigned(given[i / 4][i % 4]);
+    }
+    unsigned operator()(int row, int word) const { return words[row % 8 * 4 + word % 4][word / 4 * 2 + row / 8 % 2]; }
+};
+template <int SUMS>
+void multiply(int (&sums)[SUMS], const unsigned (&a)[4], uint64 b) {
+    multiply_later(sums, Fragments(a), [b = Described(b)](int n, int word) { return b.read<unsigned>(n, 4 * word); });
+}
+template <int SUMS>
+void multiply(float (&sums)[SUMS], uint64 a, uint64 b) {
+    auto words = [](uint64 told) {
+        return [from = Described(told)](int row, int word) { return from.read<unsigned>(row, 4 * word); };
+    };
+    multiply_later(sums, words(a), words(b));
+}
+template <int SUMS>
+void multiply(float (&sums)[SUMS], const unsigned (&a)[4], uint64 b) {  // across the rows of b
+    multiply_later(sums, Fragments(a), [b = Described(b)](int n, int word) {
+        auto number = [&](int row) { return unsigned(b.read<bf16>(row, n / 64 * b.apart + n % 64 * 2)); };
+        return number(2 * word) | number(2 * word + 1) << 16;
+    });
+}
 
 inline unsigned transposed(unsigned pair) {
     auto words = exchange({uint64(pair)});

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F  # noqa: N812
 
+from openpi_duquant.kernels import attention_cuda
 from openpi_duquant.kernels import transform
 from openpi_duquant.kernels.rotary import on_gpu
 from openpi_duquant.transforms import Transform
@@ -101,9 +102,14 @@ def _attend_on_gpu(q: Tensor, *operands: object) -> Tensor:
     from openpi_duquant.kernels import attention_triton  # noqa: PLC0415  triton is there where CUDA is
 
     *tensors, state_first = operands
+    k, v, visible, own_k, _ = tensors
     out = q.new_empty(q.shape)
     with torch.cuda.device_of(q):
-        attention_triton.launch_attend(out, q, *tensors, state_first=bool(state_first), exact=q.dtype == torch.float32)
+        if attention_cuda.takes(q, k, v, own_k, rounded=False):
+            attention_cuda.launch(out, q, k, v, visible)
+        else:
+            exact = q.dtype == torch.float32
+            attention_triton.launch_attend(out, q, *tensors, state_first=bool(state_first), exact=exact)
     return out
 
 
@@ -119,7 +125,12 @@ def _attend_quantized_on_gpu(q: Tensor, *operands: object) -> tuple[Tensor, Tens
     from openpi_duquant.kernels import attention_triton  # noqa: PLC0415  triton is there where CUDA is
 
     *tensors, state_first = operands
-    outputs, exact = _attend_quantized_fake(q), q.dtype == torch.float32
+    k, v, visible, own_k, _ = tensors
+    outputs = _attend_quantized_fake(q)
     with torch.cuda.device_of(q):
-        attention_triton.launch_attend_quantized(outputs, q, *tensors, state_first=bool(state_first), exact=exact)
+        if attention_cuda.takes(q, k, v, own_k, rounded=True):
+            attention_cuda.launch(outputs, q, k, v, visible)
+        else:
+            exact = q.dtype == torch.float32
+            attention_triton.launch_attend_quantized(outputs, q, *tensors, state_first=bool(state_first), exact=exact)
     return outputs

@@ -12,6 +12,18 @@ __device__ unsigned to_pair(float low, float high) {
     return pair;
 }
 __device__ bf16 to_bf16(float x) { return bf16(to_pair(x, 0.f)); }
+__device__ unsigned to_half_pair(float low, float high) {  // in fp16
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+__device__ float2 from_half_pair(unsigned pair) {
+    float2 x;
+    asm("{ .reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+        : "=f"(x.x), "=f"(x.y)
+        : "r"(pair));
+    return x;
+}
 
 __device__ float exp2_of(float x) {
     float y;
@@ -36,6 +48,9 @@ __device__ void wait_for_threads(int barrier) {
 }
 __device__ void wait_for_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ void leave_cluster() {  // once all have read what they need: nobody waits for anything to be written
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // --- shared memory, and counts of the bytes that come ---------------------------------------------------------------
@@ -98,6 +113,15 @@ __device__ int4 read_in_block(const int4* at, int rank) {
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                  : "r"(in_block(at, rank)));
     return x;
+}
+
+__device__ uint4 read_in_block(const uint4* at, int rank) {
+    int4 x = read_in_block(reinterpret_cast<const int4*>(at), rank);
+    return {unsigned(x.x), unsigned(x.y), unsigned(x.z), unsigned(x.w)};
+}
+__device__ float4 read_in_block(const float4* at, int rank) {
+    int4 x = read_in_block(reinterpret_cast<const int4*>(at), rank);
+    return {__int_as_float(x.x), __int_as_float(x.y), __int_as_float(x.z), __int_as_float(x.w)};
 }
 
 // --- global memory --------------------------------------------------------------------------------------------------
@@ -215,7 +239,10 @@ __device__ unsigned transposed(unsigned pair) {
     return other;
 }
 
-// wgmma: what lies between the first two runs on its own until it is waited for.
+// wgmma: what lies between the first two is a group, and runs on its own until it is waited for.
 __device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int LEFT = 0>  // groups that may go on
+__device__ void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}

@@ -43,11 +43,6 @@ struct Memory {
     uint64 filled[STAGES], emptied[STAGES];
 };
 
-// Rows of 128 bytes lie with their pieces of 16 in another order, so that neither reads nor writes meet in a bank: the
-// copy engine's swizzle.
-__device__ uint64 described(const void* at) {  // for wgmma
-    return uint64(1) << 62 | uint64(8 * CHANNELS / 16) << 32 | uint64(1) << 16 | (shared_address(at) & 0x3FFFF) / 16;
-}
 __device__ void read_slice(unsigned (&w)[4], const Stage& stage, int sixteen, int lane, int slice) {  // of 16 rows
     int row = GEGLU ? sixteen * 8 + lane % 8 + lane / 8 % 2 * HALF : sixteen * 16 + lane % 16;
     int piece = (2 * slice + lane / 16) ^ (row % 8);
@@ -193,11 +188,13 @@ struct Finishing {
     }
 };
 
-__device__ int4 sums_of(const int4* at) {  // of all parts, which lie at the same place in their blocks
-    int4 sums = {0, 0, 0, 0};
+// Sums of all parts, which lie at the same place in their blocks. What is read in a block of the cluster takes a
+// detour, even if it is one's own.
+__device__ int4 sums_of(const int4* at, int own) {
+    int4 sums = *at;
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-        int4 x = read_in_block(at, part);
+    for (int part = 1; part < PARTS; part++) {
+        int4 x = read_in_block(at, (own + part) % PARTS);
         sums.x += x.x, sums.y += x.y, sums.z += x.z, sums.w += x.w;
     }
     return sums;
@@ -249,12 +246,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) __cluster_dims__(PAR
             for (int h = 0; h < HEIGHT; h++) {
                 const int* four = &sums[h][i * 4];
                 if constexpr (PARTS > 1)
-                    all[h] = sums_of(exchange + (group * HEIGHT + h) * 32 * WARPS);
+                    all[h] = sums_of(exchange + (group * HEIGHT + h) * 32 * WARPS, place.part);
                 else
                     all[h] = {four[0], four[1], four[2], four[3]};
             }
             finish(i, group, all, residual[i]);
         }
     }
-    if constexpr (PARTS > 1) wait_for_cluster();  // nobody leaves while another reads its sums
+    if constexpr (PARTS > 1) leave_cluster();
 }

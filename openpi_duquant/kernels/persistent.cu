@@ -70,5 +70,5 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
             [&] { qkv.read_ahead(self, given.qkv, following); }, steps, memory);
         x = out;
     }
-    wait_for_cluster();  // nobody sends to a block that is gone
+    leave_cluster();  // nobody sends to a block that is gone
 }

@@ -77,8 +77,6 @@ struct Memory {
     uint64 codes_there[2], sums_there, partial_there, cached_there;  // how many bytes have come
 };
 
-__device__ float lowest() { return __uint_as_float(0xFF800000); }  // minus infinity
-
 // Who asks. Every operation has a copy that the compiler cannot see through: else it keeps all that follows from it in
 // registers, for all layers.
 struct Self {

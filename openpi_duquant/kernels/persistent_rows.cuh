@@ -120,11 +120,9 @@ __device__ float transform(const Self& self, const bf16* x_row, bool written,
     }
     unsigned codes[E / 4];
 #pragma unroll
-    for (int i = 0; i < E; i += 4) {
-        unsigned c[4];  // added to 1.5 * 2^23, a number's nearest integer stands in the low bits of the sum
-#pragma unroll
-        for (int j = 0; j < 4; j++) c[j] = __float_as_uint(__fadd_rn(__fmul_rn(x[i + j], per_scale), 12582912.f));
-        codes[i / 4] = __byte_perm(__byte_perm(c[0], c[1], 0x0040), __byte_perm(c[2], c[3], 0x0040), 0x5410);
+    for (int i = 0; i < E / 4; i++) {
+        auto times = [&](int j) { return __fmul_rn(x[4 * i + j], per_scale); };
+        codes[i] = rounded(times(0), times(1), times(2), times(3));
     }
     if constexpr (E == 4) *reinterpret_cast<unsigned*>(coded + first) = codes[0];
     if constexpr (E == 8) *reinterpret_cast<uint2*>(coded + first) = make_uint2(codes[0], codes[1]);

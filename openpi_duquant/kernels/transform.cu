@@ -178,10 +178,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) transform(const Ar
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float by = __popc((p + i / 2) & first & WITHIN) % 2 ? -per_scale : per_scale;
-                unsigned c[4];  // added to 1.5 * 2^23, a number's nearest integer stands in the low bits of the sum
-#pragma unroll
-                for (int j = 0; j < 4; j++) c[j] = __float_as_uint(y[8 * p + 4 * i + j] * by + 12582912.f);
-                codes[i] = __byte_perm(__byte_perm(c[0], c[1], 0x0040), __byte_perm(c[2], c[3], 0x0040), 0x5410);
+                const float* x = y + 8 * p + 4 * i;
+                codes[i] = rounded(x[0] * by, x[1] * by, x[2] * by, x[3] * by);
                 sum = __dp4a(int(codes[i]), 0x01010101, sum);
             }
             uint8* to = given.codes + int64(row) * K + t * EACH + 8 * (p ^ (first & ~WITHIN));
