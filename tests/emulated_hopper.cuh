@@ -443,9 +443,7 @@ void multiply(Sum (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) 
     }
 }
 // wgmma: products of a group are made when it is waited for, and later.
-inline void when_waited_for(std::function<void()> product) {
-    grid->of_threads[grid->running].groups.back().push_back(std::move(product));
-}
+inline void let_tensor_cores_read() {}
 inline void begin_products() {}
 inline void commit_products() { grid->of_threads[grid->running].groups.emplace_back(); }
 template <int LEFT = 0>
@@ -457,19 +455,30 @@ void wait_for_products() {
         for (auto& product : groups.front()) product();
 }
 
-// Rows of 128 bytes in shared memory, swizzled, as wgmma is told of them.
+// An operand in shared memory, as wgmma is told of it: in rows of 128 bytes, swizzled, or in matrices of eight by
+// eight.
 struct Described {
-    std::uintptr_t start;
-    int apart;  // bytes from 64 columns to the next
+    uint8* start;
+    int along, across;
+    bool swizzled;
 
-    explicit Described(uint64 told) : apart((told >> 16 & 0x3FFF) * 16) {
-        start = reinterpret_cast<std::uintptr_t>(grid->block().memory.get()) + (told & 0x3FFF) * 16;
-        require(told >> 32 == (1 << 30 | 64), "rows are not swizzled, eight by eight");
+    explicit Described(uint64 told) : along((told >> 16 & 0x3FFF) * 16), across((told >> 32 & 0x3FFF) * 16) {
+        start = grid->block().memory.get() + (told & 0x3FFF) * 16;
+        swizzled = told >> 62 == 1;
+        require(swizzled ? across == 1024 : told >> 62 == 0, "an operand lies otherwise");
     }
     template <class T>
-    T read(int row, int byte) const {
-        std::uintptr_t at = start + row * 128 + byte;
+    T read(int row, int byte) const {  // channels beside each other
+        if (!swizzled)
+            return *reinterpret_cast<T*>(start + row / 8 * across + row % 8 * 16 + byte / 16 * along + byte % 16);
+        std::uintptr_t at = reinterpret_cast<std::uintptr_t>(start) + row * 128 + byte;
         return *reinterpret_cast<const T*>(at ^ (at >> 7 & 7) << 4);
+    }
+    bf16 read_across(int row, int column) const {  // the sum is over rows
+        if (!swizzled)
+            return *reinterpret_cast<bf16*>(start + column / 8 * across + row / 8 * along + row % 8 * 16 +
+                                            column % 8 * 2);
+        return read<bf16>(row, column / 64 * along + column % 64 * 2);
     }
 };
 struct At {  // where a sum is, in 64 rows
@@ -482,7 +491,7 @@ struct At {  // where a sum is, in 64 rows
 };
 template <class Sum, int SUMS, class A, class B>
 void multiply_later(Sum (&sums)[SUMS], A word_of_row, B word_of_column) {
-    when_waited_for([=, &sums] {
+    grid->of_threads[grid->running].groups.back().push_back([=, &sums] {
         for (int i = 0; i < SUMS; i++)
             for (int word = 0; word < 8; word++) {
                 At at(i);
@@ -513,7 +522,7 @@ void multiply(float (&sums)[SUMS], uint64 a, uint64 b) {
 template <int SUMS>
 void multiply(float (&sums)[SUMS], const unsigned (&a)[4], uint64 b) {  // across the rows of b
     multiply_later(sums, Fragments(a), [b = Described(b)](int n, int word) {
-        auto number = [&](int row) { return unsigned(b.read<bf16>(row, n / 64 * b.apart + n % 64 * 2)); };
+        auto number = [&](int row) { return unsigned(b.read_across(row, n)); };
         return number(2 * word) | number(2 * word + 1) << 16;
     });
 }

@@ -12,6 +12,7 @@ from openpi_duquant import kernels
 from openpi_duquant import transforms
 from openpi_duquant.kernels import around
 from openpi_duquant.kernels import attention
+from openpi_duquant.kernels import patch_attention
 from openpi_duquant.kernels import persistent
 from openpi_duquant.kernels import rotary
 from openpi_duquant.kernels import transform
@@ -110,6 +111,10 @@ def _attend_quantized(q: Tensor, *operands: object) -> tuple[Tensor, Tensor, Ten
     return outputs
 
 
+def _attend_patches(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return patch_attention._by_torch(q, k, v).contiguous()
+
+
 def fused_transform(x: Tensor, given: Transform, prologue: Prologue = NO_PROLOGUE) -> tuple[Tensor, Tensor, Tensor]:
     """`transform.fused_transform` by its kernel."""
     tensors = prologue.scale, prologue.shift, given.permutation, *transforms.as_operands(given.rotation)
@@ -139,7 +144,7 @@ def operators() -> Iterator[None]:
     with torch.library._scoped_library("openpi_duquant", "FRAGMENT") as library:
         for run in (
             _fused_transform, _triton_matmul, _epilogue, _rotary, _add_layer_norm, _embed_patches, _embed_actions,
-            _euler_step, _attend, _attend_quantized, _prologue, _add_gated,
+            _euler_step, _attend, _attend_quantized, _attend_patches, _prologue, _add_gated,
         ):  # fmt: skip
             library.impl(run.__name__.removeprefix("_"), run, "CPU")
         yield

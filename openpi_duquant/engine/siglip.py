@@ -17,6 +17,7 @@ from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.engine.observation import as_floats
 from openpi_duquant.kernels import patches
 from openpi_duquant.kernels.layer_norm import add_layer_norm
+from openpi_duquant.kernels.patch_attention import attend_patches
 from openpi_duquant.linear import apply_linear
 from openpi_duquant.linear import merge_
 from openpi_duquant.linear import shared_forward
@@ -86,8 +87,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Delta:
         """Of x [B, P, W]."""
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in self._project(x))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = attend_patches(*(part.unflatten(-1, (self.num_heads, -1)) for part in self._project(x)))
         return last_linear(self.out_proj, y, apart=self.apart)
 
 

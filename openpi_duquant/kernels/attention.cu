@@ -32,12 +32,14 @@ struct Stage {
     uint8 keys[BOXES][KEYS][128], values[BOXES][KEYS][128];
 };
 
+struct Operands {
+    uint8 queries[BOXES][ROWS][128];  // all tokens of a head, then the next head
+    Stage stages[STAGES];
+};
+
 struct Memory {
     union {
-        struct {
-            uint8 queries[BOXES][ROWS][128];  // all tokens of a head, then the next head
-            Stage stages[STAGES];
-        };
+        Operands operands;
         unsigned sums[ROWS][HEAD / 2 + 4];  // pairs in fp16, of the largest of a row
     };
     float4 totals[ROWS];
@@ -64,17 +66,18 @@ struct Filling {
     Memory& memory;
 
     __device__ void fill_queries() const {
-        expect(&memory.queries_there, sizeof(memory.queries));
+        expect(&memory.queries_there, sizeof(memory.operands.queries));
         int token = place.element * given.tokens + place.first_token;
-        for (int i = 0; i < BOXES; i++) load_box(memory.queries[i], queries, 128 * i, token, 0, &memory.queries_there);
+        for (int i = 0; i < BOXES; i++)
+            load_box(memory.operands.queries[i], queries, 128 * i, token, 0, &memory.queries_there);
     }
     __device__ void fill_keys(int step) const {
         int slot = step % STAGES;
-        fill(memory.stages[slot].keys, keys, step, memory.keys_there[slot], memory.keys_read[slot]);
+        fill(memory.operands.stages[slot].keys, keys, step, memory.keys_there[slot], memory.keys_read[slot]);
     }
     __device__ void fill_values(int step) const {
         int slot = step % STAGES;
-        fill(memory.stages[slot].values, values, step, memory.values_there[slot], memory.values_read[slot]);
+        fill(memory.operands.stages[slot].values, values, step, memory.values_there[slot], memory.values_read[slot]);
     }
     __device__ void fill(uint8 (&boxes)[BOXES][KEYS][128], const TensorMap& map, int step, uint64& there,
                          uint64& read) const {
@@ -101,16 +104,6 @@ __device__ void look(const Arguments& given, const Place& place, Memory& memory)
 
 __device__ float finite(float x) { return x == lowest() ? 0.f : x; }
 
-// Lanes in fours have the same rows.
-__device__ float highest_of_four(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ float sum_of_four(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 // What a lane has of its head: two tokens, eight apart; of every eight keys or channels two, beside each other.
 struct Attention {
     float scores[KEYS / 2];
@@ -123,7 +116,7 @@ struct Attention {
         begin_products();
 #pragma unroll
         for (int i = 0; i < HEAD / 16; i++) {
-            uint64 queries = described(memory.queries[i / 4][threadIdx.x / 128 * 64]);
+            uint64 queries = described(memory.operands.queries[i / 4][threadIdx.x / 128 * 64]);
             multiply(scores, queries + i % 4 * 2, described(stage.keys[i / 4]) + i % 4 * 2);
         }
         commit_products();
@@ -178,7 +171,7 @@ struct Attention {
         bool first_lane = threadIdx.x % 32 == 0;
         wait_for_bytes(&memory.queries_there, 0);
         wait_for_bytes(&memory.keys_there[0], 0);
-        multiply_keys(memory, memory.stages[0]);
+        multiply_keys(memory, memory.operands.stages[0]);
         wait_for_products();
         if (first_lane) arrive(&memory.keys_read[0]);
         weigh(memory.seen[0]);
@@ -187,9 +180,9 @@ struct Attention {
         for (int step = 1; step < place.steps; step++) {
             int slot = step % STAGES, before = (step - 1) % STAGES;
             wait_for_bytes(&memory.keys_there[slot], step / STAGES);
-            multiply_keys(memory, memory.stages[slot]);
+            multiply_keys(memory, memory.operands.stages[slot]);
             wait_for_bytes(&memory.values_there[before], (step - 1) / STAGES);
-            multiply_values(weights, memory.stages[before]);
+            multiply_values(weights, memory.operands.stages[before]);
             if (threadIdx.x == 0) {
                 filling.fill_keys(step + 1);
                 if (step > 1) filling.fill_values(step);
@@ -210,7 +203,7 @@ struct Attention {
         }
         int last = place.steps - 1;
         wait_for_bytes(&memory.values_there[last % STAGES], last / STAGES);
-        multiply_values(weights, memory.stages[last % STAGES]);
+        multiply_values(weights, memory.operands.stages[last % STAGES]);
         wait_for_products();
     }
     __device__ void lay_down(Memory& memory) {

@@ -71,12 +71,12 @@ class TensorMap(ctypes.Structure):
 
 
 def tensor_map(matrices: Tensor, rows: int, columns: int, *, together: int = 1) -> TensorMap:
-    """Describes boxes of matrices, swizzled in pieces of 16 bytes as rows of that many are.
+    """Describes boxes of matrices, swizzled in pieces of 16 bytes as rows of that many are; rows of one piece are not.
 
     Args:
         matrices: [P, M, K] of bytes, whose strides are multiples of 16 but the last.
         rows: Of a box, up to 256; those that a matrix does not have are zeros.
-        columns: Of a box: 32, 64 or 128 bytes.
+        columns: Of a box: 16, 32, 64 or 128 bytes.
         together: Matrices that a box is of.
 
     Raises:
@@ -89,7 +89,7 @@ def tensor_map(matrices: Tensor, rows: int, columns: int, *, together: int = 1) 
     strides = (ctypes.c_uint64 * 2)(matrices.stride(1), matrices.stride(0))
     what = ctypes.c_void_p(matrices.data_ptr()), (ctypes.c_uint64 * 3)(k, m, number), strides
     box = three(columns, rows, together), three(1, 1, 1)
-    swizzle, into_l2 = columns.bit_length() - 5, 3  # 32, 64, 128 bytes are 1, 2, 3; 256 bytes at a time into L2
+    swizzle, into_l2 = columns.bit_length() - 5, 3  # 16, 32, 64, 128 bytes are 0 to 3; 256 bytes at a time into L2
     encode = _cuda().cuTensorMapEncodeTiled
     status = encode(ctypes.byref(room, start), 0, 3, *what, *box, 0, swizzle, into_l2, 0)
     _check(status, f"describing {number} matrices {m} x {k}")

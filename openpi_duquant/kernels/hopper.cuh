@@ -239,7 +239,10 @@ __device__ unsigned transposed(unsigned pair) {
     return other;
 }
 
-// wgmma: what lies between the first two is a group, and runs on its own until it is waited for.
+// wgmma: what lies between begin and commit is a group, and runs on its own until it is waited for.
+__device__ void let_tensor_cores_read() {  // what this thread has written
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 __device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT = 0>  // groups that may go on

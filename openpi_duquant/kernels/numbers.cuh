@@ -33,3 +33,18 @@ __device__ uint64 described(const void* at, int apart = 16) {
     uint64 eight_rows = 8 * 128, start = shared_address(at) & 0x3FFFF;
     return uint64(1) << 62 | eight_rows / 16 << 32 | uint64(apart / 16) << 16 | start / 16;
 }
+// An operand that lies in matrices of eight by eight numbers instead, 128 bytes each: `along` are the bytes from one to
+// the next along the channels that are summed up, `across` those to the next across them.
+__device__ uint64 described_in_eights(const void* at, int along, int across) {
+    return uint64(across / 16) << 32 | uint64(along / 16) << 16 | (shared_address(at) & 0x3FFFF) / 16;
+}
+
+// Of lanes in fours, which have the same rows of a wgmma's sums.
+__device__ float highest_of_four(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ float sum_of_four(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}

@@ -109,6 +109,10 @@ def test_attention() -> None:
         torch.library.opcheck(OPERATORS.attend_quantized.default, (q, k, v, *rest))
 
 
+def test_attention_of_patches() -> None:
+    torch.library.opcheck(OPERATORS.attend_patches.default, random(2, 256, 3, 2, 72).unbind(2))
+
+
 def test_what_stands_around_a_matmul() -> None:
     x = random(2, 3, 96)
     for operands in ((x, None, None, True, False), (x, random(96), None, False, True), (x, *random(2, 48), True, True)):
