@@ -1,5 +1,5 @@
 // kernels/hopper.cuh on a CPU, with enough of CUDA to compile a kernel as C++: every thread of a grid is a fiber, and
-// runs until it waits for another. What is asynchronous comes late: once every thread has had its turn. Whatever the
+// runs until it waits for another. What is asynchronous comes late and in any order, products now or later. Whatever the
 // machine would refuse is an error, and so is a thread that waits for what never comes.
 
 #include <setjmp.h>
@@ -96,6 +96,7 @@ struct Thread {
     std::unique_ptr<char[]> stack;
     bool started = false, done = false;
     std::vector<std::vector<std::function<void()>>> groups{1};  // of products; the last is open
+    unsigned commits = 0;
 };
 
 struct Grid {
@@ -134,7 +135,8 @@ inline void resume(int index) {
 }
 
 // Whether a block has its turn: half of them pause, for eight turns each, so that blocks are far apart.
-inline bool has_turn(int turn, int block) { return (unsigned(turn / 8 * 37 + block + 1) * 2654435761u) >> 31; }
+inline unsigned scattered(unsigned x) { return x * 2654435761u; }
+inline bool has_turn(int turn, int block) { return scattered(turn / 8 * 37 + block + 1) >> 31; }
 
 // Runs a kernel; says what went wrong, if anything did. Threads have their turns forwards and backwards.
 template <class... Given>
@@ -151,7 +153,8 @@ const char* run_grid(Grid& given, void (*kernel)(Given...), void** arguments) {
         block.warps.resize(given.threads / 32);
         block.left = given.threads;
         block.memory.reset(static_cast<uint8*>(std::aligned_alloc(1024, (given.shared_bytes + 1023) / 1024 * 1024)));
-        std::memset(block.memory.get(), 0x7F, given.shared_bytes);  // large numbers, if read before they are written
+        auto* numbers = reinterpret_cast<uint16_t*>(block.memory.get());
+        std::fill_n(numbers, given.shared_bytes / 2, 0x7FC0);  // NaN, if read before they are written
     }
     given.of_threads.resize(given.blocks * given.threads);
     for (Thread& thread : given.of_threads) {
@@ -172,7 +175,11 @@ const char* run_grid(Grid& given, void (*kernel)(Given...), void** arguments) {
         }
         auto coming = std::move(given.under_way);
         given.under_way.clear();
-        for (auto& arrives : coming) arrives();
+        for (unsigned i = 0; i < coming.size(); i++)  // a few, the others later
+            if (scattered(turn * 101 + i + 1) >> 26)
+                given.under_way.push_back(std::move(coming[i]));
+            else
+                coming[i]();
         idle = given.moved ? 0 : idle + 1;
         require(idle < 100, "waits for what never comes");
     }
@@ -442,17 +449,25 @@ void multiply(Sum (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) 
                     product_of(words[row * 4 + word][2 * half + i / 2], words[column * 4 + word][4 + half], Sum());
     }
 }
-// wgmma: products of a group are made when it is waited for, and later.
+// wgmma: products of a group are made at once, or when it is waited for, and later.
 inline void let_tensor_cores_read() {}
 inline void begin_products() {}
-inline void commit_products() { grid->of_threads[grid->running].groups.emplace_back(); }
+inline void make_products(unsigned left) {
+    auto& groups = grid->of_threads[grid->running].groups;
+    for (; groups.size() > left + 1; groups.erase(groups.begin()))
+        for (auto& product : groups.front()) product();
+}
+inline void commit_products() {
+    Thread& thread = grid->of_threads[grid->running];
+    thread.groups.emplace_back();
+    if (scattered(++thread.commits + blockIdx.x) >> 31) make_products(0);
+}
 template <int LEFT = 0>
 void wait_for_products() {
-    auto& groups = grid->of_threads[grid->running].groups;
-    require(groups.back().empty(), "products are not in a group");
+    require(grid->of_threads[grid->running].groups.back().empty(), "products are not in a group");
     for (unsigned i = 0; i <= threadIdx.x / 128; i++) yield();  // a warpgroup after the other
-    for (; groups.size() > LEFT + 1; groups.erase(groups.begin()))
-        for (auto& product : groups.front()) product();
+    make_products(LEFT);
+    arrive_and_wait(grid->block().warps[threadIdx.x / 32].barrier, 32);  // they are the warp's
 }
 
 // An operand in shared memory, as wgmma is told of it: in rows of 128 bytes, swizzled, or in matrices of eight by
