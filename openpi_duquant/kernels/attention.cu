@@ -172,6 +172,11 @@ struct Attention {
         wait_for_bytes(&memory.queries_there, 0);
         wait_for_bytes(&memory.keys_there[0], 0);
         multiply_keys(memory, memory.operands.stages[0]);
+        if (threadIdx.x == 0) {  // not before: L2 is busy
+            filling.fill_values(0);
+            filling.fill_keys(1);
+            filling.fill_values(1);
+        }
         wait_for_products();
         if (first_lane) arrive(&memory.keys_read[0]);
         weigh(memory.seen[0]);
@@ -301,9 +306,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(PARTS,
         publish_counts();
         filling.fill_keys(0);
         filling.fill_queries();
-        filling.fill_values(0);
-        filling.fill_keys(1);
-        filling.fill_values(1);
     }
     look(given, place, memory);
     __syncthreads();

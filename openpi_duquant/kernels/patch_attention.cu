@@ -44,14 +44,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     int head = blockIdx.x / (PATCHES / QUERIES) % heads, first = blockIdx.x % (PATCHES / QUERIES) * QUERIES;
     int image = blockIdx.x / (PATCHES / QUERIES) / heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
-        initialize(&memory.scores_can_be, 2);
+        initialize(&memory.scores_can_be, 2), initialize(&memory.values_there, 1);
         publish_counts();
         memory.queries.fill(maps, 0, image, first, head, &memory.scores_can_be);
         memory.keys.fill(maps, 1, image, 0, head, &memory.scores_can_be);
-    } else if (threadIdx.x == 32) {
-        initialize(&memory.values_there, 1);
-        publish_counts();
-        memory.values.fill(maps, 2, image, 0, head, &memory.values_there);
     }
     for (int i = threadIdx.x; i < PATCHES; i += THREADS) {
         *reinterpret_cast<uint4*>(memory.keys.narrow[1][i]) = {0, 0, 0, 0};
@@ -69,6 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     multiply(scores, described_in_eights(memory.queries.narrow, sizeof(memory.queries.narrow[0]), 128),
              described_in_eights(memory.keys.narrow, sizeof(memory.keys.narrow[0]), 128));
     commit_products();
+    if (threadIdx.x == 0) memory.values.fill(maps, 2, image, 0, head, &memory.values_there);  // not before: L2 is busy
     wait_for_products();
     float each[2];
 #pragma unroll
