@@ -5,21 +5,18 @@ The kernel is in attention.cu; NVRTC, which comes with torch, compiles it when a
 
 import ctypes
 import functools
-import logging
 import math
 import pathlib
 
 import torch
 from torch import Tensor
 
-from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import driver
 from openpi_duquant.kernels import wgmma
 from openpi_duquant.kernels.backend import architecture
 from openpi_duquant.kernels.backend import processors_of
 
 _SOURCE = pathlib.Path(__file__).with_name("attention.cu")
-_KERNEL = "attend"
 _HEADS, _HEAD, _TOKENS, _KEYS, _MOST_STEPS, _THREADS = 8, 256, 16, 64, 64, 256  # as in attention.cu
 _FEWEST = 64  # tokens; fewer keep too few blocks busy
 _MOST_PARTS = 4  # blocks of a cluster; a lane each
@@ -28,8 +25,6 @@ _LARGEST_DIFFERENCE = 2e-2  # of the result: int8 is rounded to 0.8% of it
 
 Outputs = tuple[Tensor, Tensor, Tensor] | Tensor
 """Codes [B S, H D] int8, act_scale and row_sum [B S, 1]; or, not rounded, [B, S, H, D] in bf16."""
-
-_logger = logging.getLogger(__name__)
 
 
 class _Arguments(ctypes.Structure):
@@ -78,16 +73,9 @@ def _aligned(x: Tensor) -> bool:
 
 
 def launch(out: Outputs, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> None:
-    """Fills the outputs; arguments as `attention.attend`.
-
-    Raises:
-        DuQuantError: If the kernel does not compile or load.
-    """
+    """Fills the outputs, of what the kernel `takes`; arguments as `attention.attend`."""
     parts = _parts(q, k)
-    function = _kernel(q.device, parts, not isinstance(out, Tensor))
-    if function is None:
-        raise DuQuantError("the attention made for Hopper does not run here, the log says why")
-    _run(function, parts, out, q, k, v, visible)
+    _run(_kernel(q.device, parts, not isinstance(out, Tensor)), parts, out, q, k, v, visible)
 
 
 def _parts(q: Tensor, k: Tensor) -> int:
@@ -111,16 +99,13 @@ def _run(
 def _kernel(device: torch.device, parts: int, rounded: bool) -> driver.Function | None:  # noqa: FBT001
     """The kernel, once it has made what Triton's makes of small data; None, and a warning, where it does not."""
     constants = {"PARTS": parts, "ROUNDED": int(rounded), "SCALE": f"{_HEAD**-0.5 * math.log2(math.e)}f"}
-    try:
-        code = driver.compile_source(_SOURCE.name, source(), "sm_90a", constants)
-        function = driver.load(code, _KERNEL, _SHARED_MEMORY, device.index)
+
+    def fault(function: driver.Function) -> str | None:
         error = _difference(function, parts, device, rounded=rounded)
-        if not error < _LARGEST_DIFFERENCE:
-            raise DuQuantError(f"with {parts} parts it differs from Triton's by {error:.2g}; please report this line")
-        return function
-    except DuQuantError as error:
-        _logger.warning("attention runs without the kernel made for Hopper: %s", error)
-        return None
+        return None if error < _LARGEST_DIFFERENCE else f"with {parts} parts it differs from Triton's by {error:.2g}"
+
+    code = driver.Source(_SOURCE.name, source(), "attend")
+    return driver.load_tested(code, constants, _SHARED_MEMORY, device, fault, "attention runs")
 
 
 def _difference(function: driver.Function, parts: int, device: torch.device, *, rounded: bool) -> float:

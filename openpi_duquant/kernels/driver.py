@@ -1,6 +1,6 @@
 """Kernels on the GPU, compiled, loaded and launched through CUDA's own libraries, on torch's context and stream."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import ctypes
 import functools
 import hashlib
@@ -169,6 +169,53 @@ def load(code: bytes, name: str, shared_memory: int, device: int) -> Function:
         giving = f"giving {name} {shared_memory} bytes"
         _check(_cuda().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_MEMORY, shared_memory), giving)
     return Function(function, device, shared_memory)
+
+
+class Source(NamedTuple):
+    """CUDA C++ of a kernel made for Hopper.
+
+    Attributes:
+        file: Its name, for messages.
+        text: All of it; it includes files of this folder alone.
+        kernel: The name of the kernel in it.
+    """
+
+    file: str
+    text: str
+    kernel: str
+
+
+def load_tested(
+    source: Source,
+    constants: Mapping[str, int | str],
+    shared_memory: int,
+    device: torch.device,
+    fault: Callable[[Function], str | None],
+    others: str,
+) -> Function | None:
+    """Compiles a kernel, loads it, and sees whether it makes what it should.
+
+    Args:
+        source: Of the kernel.
+        constants: Macros.
+        shared_memory: See `Function`.
+        device: Where it is to run.
+        fault: What is wrong with what it makes, None for nothing.
+        others: Who goes on without it, for the warning: "matmuls run".
+
+    Returns:
+        The kernel; None, after a warning that says why, where it does not work.
+    """
+    try:
+        code = compile_source(source.file, source.text, "sm_90a", constants)
+        function = load(code, source.kernel, shared_memory, device.index)
+        wrong = fault(function)
+        if wrong:
+            raise DuQuantError(f"{wrong}; please report this line")
+        return function
+    except DuQuantError as error:
+        _logger.warning("%s without the kernel made for Hopper: %s", others, error)
+        return None
 
 
 def compile_source(name: str, source: str, architecture: str, constants: Mapping[str, int | str]) -> bytes:

@@ -5,7 +5,6 @@ The kernel is in matmul.cu; NVRTC, which comes with torch, compiles it for the s
 
 import ctypes
 import functools
-import logging
 import math
 import pathlib
 from typing import NamedTuple
@@ -13,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import driver
 from openpi_duquant.kernels import tiles
 from openpi_duquant.kernels import wgmma
@@ -21,14 +19,11 @@ from openpi_duquant.kernels.backend import architecture
 from openpi_duquant.kernels.backend import processors_of
 
 _SOURCE = pathlib.Path(__file__).with_name("matmul.cu")
-_KERNEL = "matmul"
 _SMALLEST = 2**32  # multiplications; below, a block has too little to do to be worth its beginning
 _SHARED_MEMORY = 227 * 1024 - 256  # but for what counts the stages
 _MOST_PARTS = 8  # blocks of a cluster
 _LARGEST_DIFFERENCE = 2e-3  # of the result: bf16 is rounded to 2e-3 of a number, but few of them the other way
 _CHANNELS, _WARPS = 128, 8  # as in matmul.cu
-
-_logger = logging.getLogger(__name__)
 
 
 class Shape(NamedTuple):
@@ -131,15 +126,10 @@ def launch(
     geglu: bool,
     shape: Shape | None = None,
 ) -> None:
-    """Fills out [M, N], or [M, N / 2] with GeGLU; arguments as `triton_matmul.matmul`, contiguous.
-
-    Raises:
-        DuQuantError: If the kernel does not compile or load.
-    """
+    """Fills out [M, N], or [M, N / 2] with GeGLU, of what the kernel `takes`; other arguments as
+    `triton_matmul.matmul`, contiguous."""
     shape = shape or _shape(a, weight, geglu=geglu)
     function = _kernel(a.device, shape, _macros(a, weight, residual, geglu=geglu))
-    if function is None:
-        raise DuQuantError("the matmul made for Hopper does not run here, the log says why")
     _run(function, shape, out, a, act_scale, weight, weight_scale, residual, geglu=geglu)
 
 
@@ -191,16 +181,13 @@ def _kernel(device: torch.device, shape: Shape, macros: _Macros) -> driver.Funct
     stages, memory = memory_for(shape, macros.bits)
     given = {**macros._asdict(), **shape._asdict(), "stages": stages}
     constants = {name.upper(): int(value) for name, value in given.items()}
-    try:
-        code = driver.compile_source(_SOURCE.name, source(shape.tokens), "sm_90a", constants)
-        function = driver.load(code, _KERNEL, memory, device.index)
+
+    def fault(function: driver.Function) -> str | None:
         error = _difference(function, shape, macros, device)
-        if not error < _LARGEST_DIFFERENCE:
-            raise DuQuantError(f"{shape} differs from Triton's by {error:.2g}; please report this line")
-        return function
-    except DuQuantError as error:
-        _logger.warning("matmuls run without the kernel made for Hopper: %s", error)
-        return None
+        return None if error < _LARGEST_DIFFERENCE else f"{shape} differs from Triton's by {error:.2g}"
+
+    code = driver.Source(_SOURCE.name, source(shape.tokens), "matmul")
+    return driver.load_tested(code, constants, memory, device, fault, "matmuls run")
 
 
 def _difference(function: driver.Function, shape: Shape, macros: _Macros, device: torch.device) -> float:

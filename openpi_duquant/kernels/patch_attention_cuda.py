@@ -5,7 +5,6 @@ The kernel is in patch_attention.cu; NVRTC, which comes with torch, compiles it 
 
 import ctypes
 import functools
-import logging
 import math
 import pathlib
 
@@ -13,18 +12,14 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F  # noqa: N812
 
-from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import driver
 from openpi_duquant.kernels import wgmma
 from openpi_duquant.kernels.backend import architecture
 
 _SOURCE = pathlib.Path(__file__).with_name("patch_attention.cu")
-_KERNEL = "attend_patches"
 _PATCHES, _QUERIES, _CHANNELS, _THREADS = 256, 64, 72, 128  # as in patch_attention.cu
 _SHARED_MEMORY = (_QUERIES + 2 * _PATCHES) * (128 + 2 * 16) + 2 * 8  # struct Memory
 _LARGEST_DIFFERENCE = 1e-2  # of the result: two roundings to bf16, of weights and of the result
-
-_logger = logging.getLogger(__name__)
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -42,15 +37,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def launch(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Fills out [B, P, H, D]; other arguments as `patch_attention.attend_patches`.
-
-    Raises:
-        DuQuantError: If the kernel does not compile or load.
-    """
-    function = _kernel(q.device)
-    if function is None:
-        raise DuQuantError("the attention of patches made for Hopper does not run here, the log says why")
-    _run(function, out, q, k, v)
+    """Fills out [B, P, H, D], of what the kernel `takes`; other arguments as `patch_attention.attend_patches`."""
+    _run(_kernel(q.device), out, q, k, v)
 
 
 def _run(function: driver.Function, out: Tensor, *operands: Tensor) -> None:
@@ -64,18 +52,15 @@ def _run(function: driver.Function, out: Tensor, *operands: Tensor) -> None:
 
 @functools.cache
 def _kernel(device: torch.device) -> driver.Function | None:
-    """The kernel, once it has made of small data what it should; None, and a warning, where it does not."""
+    """The kernel, once it has made what torch's makes of small data; None, and a warning, where it does not."""
     constants = {"SCALE": f"{_CHANNELS**-0.5 * math.log2(math.e)}f"}
-    try:
-        code = driver.compile_source(_SOURCE.name, source(), "sm_90a", constants)
-        function = driver.load(code, _KERNEL, _SHARED_MEMORY, device.index)
+
+    def fault(function: driver.Function) -> str | None:
         error = _difference(function, device)
-        if not error < _LARGEST_DIFFERENCE:
-            raise DuQuantError(f"it differs from torch's by {error:.2g}; please report this line")
-        return function
-    except DuQuantError as error:
-        _logger.warning("patches are attended to without the kernel made for Hopper: %s", error)
-        return None
+        return None if error < _LARGEST_DIFFERENCE else f"it differs from torch's by {error:.2g}"
+
+    code = driver.Source(_SOURCE.name, source(), "attend_patches")
+    return driver.load_tested(code, constants, _SHARED_MEMORY, device, fault, "patches are attended to")
 
 
 def _difference(function: driver.Function, device: torch.device) -> float:

@@ -5,14 +5,12 @@ The kernel is in transform.cu; NVRTC, which comes with torch, compiles it for th
 
 import ctypes
 import functools
-import logging
 import pathlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import driver
 from openpi_duquant.kernels import reference
 from openpi_duquant.kernels.backend import architecture
@@ -20,13 +18,10 @@ from openpi_duquant.kernels.backend import processors_of
 from openpi_duquant.transforms import Transform
 
 _SOURCE = pathlib.Path(__file__).with_name("transform.cu")
-_KERNEL = "transform"
 _REGISTERS = 2**16  # of an SM
 _MOST_BLOCKS = 8  # of an SM
 _WIDE = 8192  # channels; up to here a thread has 16 of them
 _FACTORS = {torch.float32: "float", torch.bfloat16: "bf16"}
-
-_logger = logging.getLogger(__name__)
 
 
 class Kind(NamedTuple):
@@ -156,16 +151,12 @@ def _kernel(device: torch.device, kind: Kind) -> driver.Function | None:
         "FACTOR": _FACTORS[kind.factor],
         "EPS": f"{reference.NORM_EPS}f",
     } | {name.upper(): int(getattr(kind, name)) for name in ("geglu", "norm", "scale", "shift", "permuted")}
-    try:
-        code = driver.compile_source(_SOURCE.name, _SOURCE.read_text(), "sm_90a", constants)
-        function = driver.load(code, _KERNEL, kind.shared_memory, device.index)
-        wrong = _fault(function, kind, device)
-        if wrong:
-            raise DuQuantError(f"{kind}: it {wrong}; please report this line")
-        return function
-    except DuQuantError as error:
-        _logger.warning("inputs are transformed without the kernel made for Hopper: %s", error)
-        return None
+    source = driver.Source(_SOURCE.name, _SOURCE.read_text(), "transform")
+
+    def fault(function: driver.Function) -> str | None:
+        return _fault(function, kind, device)
+
+    return driver.load_tested(source, constants, kind.shared_memory, device, fault, "inputs are transformed")
 
 
 def _fault(function: driver.Function, kind: Kind, device: torch.device) -> str | None:
@@ -184,4 +175,5 @@ def _fault(function: driver.Function, kind: Kind, device: torch.device) -> str |
     _run(function, kind, 2, x, scale, shift, permutation, made)
     prologue = reference.Prologue(kind.geglu, kind.norm, scale, shift)
     expected = reference.fused_transform(x, Transform(None, permutation, kind.block or None), prologue)
-    return self_test.wrong_codes(made, expected)
+    wrong = self_test.wrong_codes(made, expected)
+    return wrong and f"{kind}: it {wrong}"
