@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pathlib
 import shutil
+import signal
 
 import pytest
 
@@ -22,6 +23,11 @@ from openpi_duquant import synthetic
 from openpi_duquant.architecture import Architecture
 from openpi_duquant.architecture import TransformerSize
 from openpi_duquant.environment import ENVIRONMENT_PREFIX
+
+
+def pytest_configure() -> None:
+    """Lets tests be interrupted, and the processes they start, in the background of a shell too, which ignores that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -129,8 +129,6 @@ import os, pathlib, signal, sys, time
 from openpi_duquant import PRESETS, Manifest, convert
 from openpi_duquant.checkpoint import SafetensorsWriter
 from openpi_duquant.commands import main
-import torch
-torch.set_num_threads(1)
 source, folder = map(pathlib.Path, sys.argv[1:])
 """
 KILLED = """
