@@ -388,14 +388,15 @@ struct alignas(64) TensorMap {  // as emulated_hopper.py makes it
 };
 
 inline void load_box(void* to, const TensorMap& map, int column, int row, int matrix, uint64* count) {
-    require(shared_address(to) % 1024 == 0 && map.box[0] <= 128, "a box is not aligned");
+    int64 lines = map.box[0] / 16;  // the swizzle's pattern is as high as rows have pieces
+    require(shared_address(to) % (128 * lines) == 0 && map.box[0] <= 128, "a box is not aligned");
     grid->under_way.push_back([=, to = static_cast<uint8*>(to)] {
         int64 at = 0;
         for (int p = matrix; p < matrix + map.box[2]; p++)
             for (int r = row; r < row + map.box[1]; r++)
                 for (int c = column; c < column + map.box[0]; c++, at++) {
                     bool inside = p < map.sizes[2] && r < map.sizes[1] && c < map.sizes[0];
-                    int64 swizzled = map.box[0] == 128 ? at ^ (at >> 7 & 7) << 4 : at;
+                    int64 swizzled = at ^ (at >> 7 & (lines - 1)) << 4;
                     to[swizzled] = inside ? map.first[p * map.strides[1] + r * map.strides[0] + c] : 0;
                 }
         count_at(count).bytes -= at;

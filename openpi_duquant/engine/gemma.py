@@ -202,6 +202,12 @@ class LastLanguageLayer(nn.Module):
         return self.self_attn.project(x, self.input_layernorm.prologue()[0], *rotation)[1]
 
 
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of rows [B, P, D] in a tensor of their own [L, B, P, D]; copied eight bytes at a time, since torch copies
+    what is not contiguous number by number."""
+    return torch.stack([part.view(torch.int64) for part in parts]).view(parts[0].dtype)
+
+
 class LanguageModel(nn.Module):
     """Fills the cache that the action expert attends to; has no output of its own."""
 
@@ -219,4 +225,4 @@ class LanguageModel(nn.Module):
             x, cache = layer(x, rotation, visible)
             caches.append(cache)
         keys, values = zip(*caches, self.layers[-1](x, rotation), strict=True)
-        return torch.stack(keys), torch.stack(values)
+        return _stacked(keys), _stacked(values)

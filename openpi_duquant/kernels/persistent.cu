@@ -9,9 +9,9 @@
 //               finishes the column.
 //   attention   A cluster has 16 pairs of a token and a head, and half of the values' channels; each of its blocks an
 //               eighth of the keys. Partial sums go to the block that has the channel, an eighth of that half.
-// Weights, keys and whatever else is not computed here are read before what is waited for: weights as soon as those
-// before them are used, keys after the attention before. Clusters without a part in attention fetch all that the next
-// layer reads into L2.
+// Weights, keys and whatever else is not computed here are asked for before what is waited for; the copy engine lays
+// weights and keys into shared memory. Clusters without a part in attention fetch all that the next layer reads into
+// L2.
 //
 // Defined by persistent_cuda.py: PASSES (of 16 tokens, over the weights); CLUSTERS, of CLUSTER blocks; WARPS (of a
 // block), KEYS (most that one attends to); WIDTH, MLP, HEADS, HEAD; QKV_BLOCK, UP_BLOCK, DOWN_BLOCK (of Hadamards; 0
@@ -24,50 +24,37 @@
 static_assert(sizeof(Memory) <= SHARED_MEMORY, "it has room");
 
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1)
-    run_layers(const __grid_constant__ Arguments given, const __grid_constant__ TensorMap keys,
-               const __grid_constant__ TensorMap values) {
+    run_layers(const __grid_constant__ Arguments given, const __grid_constant__ Maps maps) {
     Memory& memory = shared_memory<Memory>();
     Self self;
     if (self.thread == 0) {
-        for (uint64* count : {&memory.codes_there[0], &memory.codes_there[1], &memory.sums_there, &memory.partial_there,
-                              &memory.cached_there})
+        for (uint64* count : {&memory.codes_there[0], &memory.codes_there[1], &memory.weights_there, &memory.sums_there,
+                              &memory.partial_there, &memory.cached_there})
             initialize(count, 1);
         publish_counts();
     }
     wait_for_cluster();
-    Cached cached = {keys, values};
-    Steps steps = {0, 0, 0, 0, -1};
-    Matmul<QKV, WIDTH, QKV_BLOCK, true, QKV_PERMUTED, HEAD / 2> qkv;
-    Matmul<WIDTH, HEADS * HEAD, 0, false, false, 1> o;
-    Matmul<2 * MLP, WIDTH, UP_BLOCK, true, UP_PERMUTED, MLP> gate_up;
-    Matmul<WIDTH, MLP, DOWN_BLOCK, false, DOWN_PERMUTED, 1> down;
+    Steps steps = {0, 0, 0, 0, 0, -1};
+    Matmul<QKV, WIDTH, QKV_BLOCK, true, QKV_PERMUTED, HEAD / 2> qkv = {given.qkv, nullptr};
+    Matmul<WIDTH, HEADS * HEAD, 0, false, false, 1> o = {given.o, &maps.o};
+    Matmul<2 * MLP, WIDTH, UP_BLOCK, true, UP_PERMUTED, MLP> gate_up = {given.gate_up, nullptr};
+    Matmul<WIDTH, MLP, DOWN_BLOCK, false, DOWN_PERMUTED, 1> down = {given.down, &maps.down};
     unsigned tokens = given.batch * given.length;
     const bf16* x = given.x;
-    qkv.read_ahead(self, given.qkv, 0);
-    Attention(self, given, cached, 0, nullptr, nullptr, memory).read_ahead();
+    Attention(self, given, maps, 0, nullptr, nullptr, memory).ask_for_cached();
     for (int layer = 0; layer < given.layers; layer++) {
         const float *norm = given.norms + 2 * layer * NORM, *norm2 = norm + NORM;
         bf16* heads = given.buffers + layer * tokens * BUFFER;
         bf16 *attended = heads + tokens * QKV, *middle = attended + tokens * (HEADS * HEAD);
-        bf16 *hidden = middle + tokens * WIDTH, *out = layer + 1 < given.layers ? hidden + tokens * MLP : given.out;
-        int following = layer + 1 < given.layers ? layer + 1 : 0;
-        qkv.run(
-            self, given, given.qkv, layer, x, layer == 0, norm, Turned{given.cos, given.sin, heads},
-            [&] { o.read_ahead(self, given.o, layer); }, steps, memory);
-        Attention(self, given, cached, layer, heads, attended, memory).run(following, steps);
-        o.run(
-            self, given, given.o, layer, attended, false, nullptr, Added{x, norm + 2 * WIDTH, middle},
-            [&] { gate_up.read_ahead(self, given.gate_up, layer); }, steps, memory);
-        gate_up.run(
-            self, given, given.gate_up, layer, middle, false, norm2, Gated{hidden},
-            [&] {
-                down.read_ahead(self, given.down, layer);
-                Attention(self, given, cached, following, nullptr, nullptr, memory).read_ahead();
-            },
-            steps, memory);
-        down.run(
-            self, given, given.down, layer, hidden, false, nullptr, Added{middle, norm2 + 2 * WIDTH, out},
-            [&] { qkv.read_ahead(self, given.qkv, following); }, steps, memory);
+        bf16 *hidden = middle + tokens * WIDTH, *out = hidden + tokens * MLP;
+        bool last = layer + 1 == given.layers;
+        if (last) out = given.out;
+        qkv.run(self, given, layer, x, layer == 0, norm, Turned{given.cos, given.sin, heads}, steps, memory);
+        Attention(self, given, maps, layer, heads, attended, memory).run(last ? 0 : layer + 1, steps);
+        if (!last) Attention(self, given, maps, layer + 1, nullptr, nullptr, memory).ask_for_cached();
+        o.run(self, given, layer, attended, false, nullptr, Added{x, norm + 2 * WIDTH, middle}, steps, memory);
+        gate_up.run(self, given, layer, middle, false, norm2, Gated{hidden}, steps, memory);
+        down.run(self, given, layer, hidden, false, nullptr, Added{middle, norm2 + 2 * WIDTH, out}, steps, memory);
         x = out;
     }
     leave_cluster();  // nobody sends to a block that is gone

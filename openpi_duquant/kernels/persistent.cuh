@@ -7,7 +7,7 @@
 constexpr int THREADS = 32 * WARPS;
 constexpr int HALF = THREADS / 2;  // threads that have a row
 constexpr int ROWS = 16;           // tokens, or pairs of a token and a head, that the tensor cores take
-constexpr int SEGMENT = 64;        // bytes of a weight's row that four threads read, 16 each
+constexpr int SEGMENT = 64;        // bytes of a weight's row that four threads take, 16 each
 constexpr int PAD = 8;             // elements between rows in shared memory, against bank conflicts
 constexpr int QKV = (HEADS + 2) * HEAD;
 constexpr int NORM = ADAPTIVE ? 3 * WIDTH : WIDTH;
@@ -49,8 +49,9 @@ struct Arguments {
     int layers, batch, length, prefix, state_first;
 };
 
-struct Cached {  // [layers * batch, prefix, HEAD], in boxes of 64 channels and of as many keys as a block has
-    const TensorMap &keys, &values;
+struct Maps {
+    TensorMap keys, values;  // [layers * batch, prefix, HEAD], in boxes of 64 channels and as many keys as a block has
+    TensorMap o, down;       // weights of every layer, in boxes of a segment and as many rows as a cluster has columns
 };
 
 struct AttentionMemory {
@@ -62,6 +63,10 @@ struct AttentionMemory {
 struct Memory {
     uint8 keys[HEAD / 64][KEYS][128];  // as the copy engine lays boxes down
     uint8 values[CHANNELS / 64][KEYS][128];
+    union {                                                             // weights of a matrix; columns come in pairs
+        uint8 wide[2][OWN_TILES<2 * MLP> * 4 * (WIDTH / 2) + SEGMENT];  // apart by half the banks
+        uint8 deep[MLP / 2 / CLUSTER / SEGMENT][TILES_OF_CLUSTER<WIDTH> * 8][SEGMENT];  // as boxes are laid down
+    };
     uint8 codes[2][ROWS * MOST_CODES];  // of even and odd tiles of rows
     float act_scale[2][ROWS];
     union {
@@ -74,7 +79,7 @@ struct Memory {
     float squares[WARPS];
     unsigned largest[WARPS];
     uint8 seen[KEYS];
-    uint64 codes_there[2], sums_there, partial_there, cached_there;  // how many bytes have come
+    uint64 codes_there[2], weights_there, sums_there, partial_there, cached_there;  // how many bytes have come
 };
 
 // Who asks. Every operation has a copy that the compiler cannot see through: else it keeps all that follows from it in
@@ -122,7 +127,7 @@ __device__ void wait_for_half(const Self& self) {  // the threads that have the 
     wait_for_threads<HALF>(1 + self.half);
 }
 
-struct Steps {  // how often a block has waited for bytes
-    int codes, sums, partial, cached;
+struct Steps {  // how often a block has waited
+    int codes, weights, sums, partial, cached;
     int looked;  // the observation whose visible keys it knows
 };

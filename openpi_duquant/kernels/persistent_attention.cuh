@@ -11,7 +11,7 @@ __device__ uint8* piece_of(uint8 (&boxes)[BOXES][KEYS][128], int row, int channe
 
 struct Attention {
     const Arguments& given;
-    const Cached& cached;
+    const Maps& maps;
     Memory& memory;
     const bf16* heads;  // [tokens, QKV]
     bf16* out;          // [tokens, HEADS * HEAD]
@@ -19,9 +19,9 @@ struct Attention {
     int layer, blocks;      // blocks: of pairs, of an observation
     int first, keys, each;  // of this block: the cached ones, then the tokens' own; each: the most that one has
 
-    __device__ Attention(const Self& self, const Arguments& given, const Cached& cached, int layer, const bf16* heads,
+    __device__ Attention(const Self& self, const Arguments& given, const Maps& maps, int layer, const bf16* heads,
                          bf16* out, Memory& memory)
-        : given(given), cached(cached), memory(memory), heads(heads), out(out), self(self), layer(layer) {
+        : given(given), maps(maps), memory(memory), heads(heads), out(out), self(self), layer(layer) {
         int all = given.prefix + given.length;
         each = ((all + CLUSTER - 1) / CLUSTER + 15) / 16 * 16;
         first = self.rank * each;
@@ -40,19 +40,19 @@ struct Attention {
     }
     __device__ bool exists(const Unit& unit) const { return unit.group < given.batch * SHARES; }
 
-    __device__ void read_ahead() const {
+    __device__ void ask_for_cached() const {  // before `run`
         Unit unit = this->unit(0, self.cluster);
-        if (exists(unit)) read_cached(unit);
+        if (exists(unit)) ask_for_cached(unit);
     }
-    __device__ void read_cached(const Unit& unit) const {  // by the copy engine, zeros where there are none
+    __device__ void ask_for_cached(const Unit& unit) const {  // zeros where there are none
         if (self.thread > 0) return;
         int matrix = layer * given.batch + unit.element();
         uint64* count = &memory.cached_there;
         let_copy_engine_write();
         expect(count, (HEAD + CHANNELS) * int(sizeof(bf16)) * each);
-        for (int i = 0; i < HEAD / 64; i++) load_box(memory.keys[i], cached.keys, i * 128, first, matrix, count);
+        for (int i = 0; i < HEAD / 64; i++) load_box(memory.keys[i], maps.keys, i * 128, first, matrix, count);
         for (int i = 0; i < CHANNELS / 64; i++)
-            load_box(memory.values[i], cached.values, (unit.share() * CHANNELS / 64 + i) * 128, first, matrix, count);
+            load_box(memory.values[i], maps.values, (unit.share() * CHANNELS / 64 + i) * 128, first, matrix, count);
     }
     __device__ void look(int element) const {  // which keys are to be seen
         int key = first + self.thread;
@@ -203,7 +203,7 @@ struct Attention {
         for (int loaded = -1; exists(unit);) {
             if (self.thread == 0) expect(&memory.partial_there, int(sizeof(memory.partial) + sizeof(memory.totals)));
             bool others = unit.group != loaded;
-            if (others && loaded >= 0) read_cached(unit);  // the first ones are read ahead
+            if (others && loaded >= 0) ask_for_cached(unit);
             if (unit.element() != steps.looked) look(unit.element());
             if (others) wait_for_bytes(&memory.cached_there, steps.cached++);
             loaded = unit.group, steps.looked = unit.element();

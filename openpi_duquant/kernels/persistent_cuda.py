@@ -25,6 +25,7 @@ _SOURCE = pathlib.Path(__file__).with_name("persistent.cu")
 _KERNEL = "run_layers"
 _CLUSTER, _WARPS, _KEYS = 8, 16, 128
 _ROWS = 16  # tokens that the tensor cores take at a time
+_SEGMENT = 64  # bytes of a weight's row that are laid down together
 _MOST_CLUSTERS = 16
 _SHARED_MEMORY = 227 * 1024
 _WIDTH, _MLP, _HEADS, _HEAD = 1024, 4096, 8, 256  # of Gemma 300M
@@ -80,18 +81,21 @@ def launch(
     """What the layers make of x [B, S, W]; arguments as `persistent.run_layers`, contiguous."""
     function, clusters = _kernel_for(x, stack)
     (batch, length, _), (layers, _, prefix, _) = x.shape, keys.shape
-    columns = (2 * _HEADS + 2) * _HEAD + _MLP + 2 * _WIDTH
-    out, buffers = torch.empty_like(x), x.new_empty(layers, batch * length, columns)
+    numbers = (2 * _HEADS + 2) * _HEAD + _MLP + 2 * _WIDTH
+    out, buffers = torch.empty_like(x), x.new_empty(layers, batch * length, numbers)
     buffers.view(torch.int16).fill_(-1)  # no number that the kernel computes
     most_keys = math.ceil((prefix + length) / _CLUSTER / _ROWS) * _ROWS  # of a block, as the kernel counts
-    boxes = [driver.tensor_map(cached.flatten(0, 1).view(torch.uint8), most_keys, 128) for cached in (keys, values)]
+    boxes = [(part.flatten(0, 1).view(torch.uint8), most_keys, 128) for part in (keys, values)]
+    columns = math.ceil(_WIDTH / 8 / clusters) * 8  # of a cluster
+    boxes += [(matrix.weight, columns, _SEGMENT) for matrix in (stack.o, stack.down)]
+    maps = [driver.tensor_map(*box) for box in boxes]
     matrices = (_Matrix(*map(_address, matrix[:3])) for matrix in stack[:4])
     tensors = map(_address, (norms, visible, cos, sin))
     sizes = layers, batch, length, prefix, state_first
     of_layers = buffers, *(part for matrix in stack[:4] for part in matrix[:3]), norms, keys, values
     arrays = (_Array * _ARRAYS)(*((part.data_ptr(), part.nbytes // layers) for part in of_layers if part is not None))
     arguments = _Arguments(*map(_address, (x, out, buffers)), *matrices, *tensors, arrays, *sizes)
-    function((clusters * _CLUSTER, 1, 1), 32 * _WARPS, [arguments, *boxes], cooperative=True)
+    function((clusters * _CLUSTER, 1, 1), 32 * _WARPS, [arguments, (type(maps[0]) * len(maps))(*maps)], cooperative=True)
     return out
 
 

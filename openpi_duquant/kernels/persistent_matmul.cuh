@@ -40,7 +40,8 @@ struct Share {
     }
 };
 
-// x [tokens, K] through norm, permutation, rotation and rounding, times a matrix [N, K].
+// x [tokens, K] through norm, permutation, rotation and rounding, times a matrix [N, K]. The copy engine brings the
+// weights meanwhile.
 template <int N, int K, int BLOCK, bool NORMED, bool PERMUTED, int DISTANCE>
 struct Matmul {
     static constexpr bool WIDE = N > K;
@@ -57,30 +58,91 @@ struct Matmul {
     static_assert(ROWS * STRIDE <= sizeof(Memory::codes[0]), "codes have a place");
     static_assert(SOURCES * ROWS * OWN * 8 * sizeof(int) <= sizeof(Memory::sums), "sums have a place");
 
-    uint4 w[UNITS][EACH];
+    const Matrix& matrix;
+    const TensorMap* map;  // of a deep matrix
 
-    __device__ void read_ahead(const Self& given_self, const Matrix& matrix, int layer) {
-        Self self(given_self);
-        Share<N, WIDE> share(self);
-        int part = self.warp % PARTS * EACH * SEGMENT + (WIDE ? 0 : self.rank * RUN) + self.lane % 4 * 16;
-        const uint8* weight = matrix.weight + int64(layer) * N * (K / 2);
+    __device__ void ask_for_weights(const Share<N, WIDE>& share, const Self& self, int layer, Memory& memory) const {
+        uint64* count = &memory.weights_there;
+        if constexpr (WIDE) {
+            const uint8* weight = matrix.weight + int64(layer) * N * RUN;
+            int first = share.first * 4, end = first + share.own * 4;  // pairs of columns; they lie together
+            expect(count, 2 * (end - first) * RUN);
+            for (int pair = first, next; pair < end; pair = next) {
+                next = min(end, (pair / DISTANCE + 1) * DISTANCE);
+                for (int i = 0; i < 2; i++)
+                    load_bytes(memory.wide[i] + (pair - first) * RUN,
+                               weight + (column_of<N, DISTANCE>(pair) + i * DISTANCE) * RUN, (next - pair) * RUN,
+                               count);
+            }
+        } else {
+            constexpr int SEGMENTS = RUN / SEGMENT;
+            expect(count, SEGMENTS * sizeof(memory.deep[0]));
+            for (int i = 0; i < SEGMENTS; i++)
+                load_box(memory.deep[i], *map, self.rank * RUN + i * SEGMENT, share.first * 8, layer, count);
+        }
+    }
+    // Four lanes have a row; of pairs of rows, eight lanes meet in no bank.
+    __device__ static uint4 read_weights(const Memory& memory, int tile, int segment, int lane) {
+        const uint8* at;
+        if constexpr (WIDE) {
+            int pair = min(tile, OWN - 1) * 4 + lane / 8;
+            at = &memory.wide[lane / 4 % 2][pair * RUN + segment * SEGMENT + lane % 4 * 16];
+        } else {
+            int row = min(tile, TILES - 1) * 8 + lane / 4;
+            at = &memory.deep[segment][row][(lane % 4 ^ row / 2 % 4) * 16];
+        }
+        return *reinterpret_cast<const uint4*>(at);
+    }
+
+    __device__ static void read_weights(uint4 (&w)[UNITS][EACH], const Self& self, const Memory& memory) {
+#pragma unroll
+        for (int unit = 0; unit < UNITS; unit++)
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                int tile = self.warp / PARTS + unit * ABREAST, segment = self.warp % PARTS * EACH + i;
+                w[unit][i] = read_weights(memory, tile, segment, self.lane);
+            }
+    }
+
+    // Sums of 16 tokens' codes, to where they are put together.
+    __device__ static void multiply(const uint4 (&w)[UNITS][EACH], const Self& self, const Share<N, WIDE>& share,
+                                    const uint8* codes, int rows, Memory& memory) {
+        int group = self.lane / 4, lane = self.lane % 4, part = self.warp % PARTS;
+        int sums[UNITS][4] = {};
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const uint8* at = codes + group * STRIDE + (part * EACH + i) * SEGMENT + lane * 16;
+            auto row = [&](int from) { return *reinterpret_cast<const uint4*>(at + from); };
+            uint4 low = row(0), low8 = row(8 * STRIDE), high = row(RUN), high8 = row(8 * STRIDE + RUN);
+            multiply_segment<UNITS, EACH>(sums, low, low8, high, high8, w, i);
+        }
 #pragma unroll
         for (int unit = 0; unit < UNITS; unit++) {
-            int tile = self.warp / PARTS + unit * ABREAST, pair = (share.first + tile) * 4 + self.lane / 8;
-            int row = column_of<N, DISTANCE>(pair) + self.lane / 4 % 2 * DISTANCE;
-#pragma unroll
-            for (int i = 0; i < EACH; i++)
-                w[unit][i] = read_weights(weight + unsigned(min(row, N - 1) * (K / 2) + part + i * SEGMENT));
+            int tile = self.warp / PARTS + unit * ABREAST;
+            if (tile >= share.tiles) break;
+            int source = WIDE ? part : self.rank * PARTS + part;
+            int* place = &memory.sums[(source * ROWS + group) * (OWN * 8) + tile % OWN * 8 + lane * 2];
+            constexpr int LOWER = 8 * OWN * 8;  // eight rows below
+            if constexpr (WIDE) {
+                auto write = [](int* at, int a, int b) { *reinterpret_cast<int2*>(at) = make_int2(a, b); };
+                if (group < rows) write(place, sums[unit][0], sums[unit][1]);
+                if (group + 8 < rows) write(place + LOWER, sums[unit][2], sums[unit][3]);
+            } else {
+                unsigned there = in_block(place, tile / OWN), count = in_block(&memory.sums_there, tile / OWN);
+                if (group < rows) send(there, count, sums[unit][0], sums[unit][1]);
+                if (group + 8 < rows) send(there + LOWER * sizeof(int), count, sums[unit][2], sums[unit][3]);
+            }
         }
     }
 
-    // `finish` takes the sums; `next` is called once the weights are used.
-    template <class Finish, class Next>
-    __device__ void run(const Self& given_self, const Arguments& given, const Matrix& matrix, int layer, const bf16* x,
-                        bool written, const float* norm, const Finish& finish, const Next& next, Steps& steps,
-                        Memory& memory) {
+    // `finish` takes the sums.
+    template <class Finish>
+    __device__ void run(const Self& given_self, const Arguments& given, int layer, const bf16* x, bool written,
+                        const float* norm, const Finish& finish, Steps& steps, Memory& memory) const {
         int tokens = given.batch * given.length;
         Share<N, WIDE> share(given_self);
+        uint4 w[UNITS][EACH];
+        if (given_self.thread == 0) ask_for_weights(share, given_self, layer, memory);
         Channels<K, NORMED, PERMUTED> channels(given_self, norm,
                                                PERMUTED ? matrix.permutation + int64(layer) * K : nullptr);
         for (int first = 0; first < PASSES * ROWS; first += ROWS) {
@@ -130,33 +192,12 @@ struct Matmul {
                 scale2[i] = read(matrix.scale + layer * N + column[i] + DISTANCE);
                 operands[i] = finish.read(first + row[i], column[i]);
             }
+            if (first == 0) {
+                wait_for_bytes(&memory.weights_there, steps.weights++);
+                read_weights(w, self, memory);
+            }
             wait_for_bytes(codes_there, step / 2);
-            int group = self.lane / 4, lane = self.lane % 4, part = self.warp % PARTS;
-            int sums[UNITS][4] = {};
-#pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                const uint8* at = codes + group * STRIDE + (part * EACH + i) * SEGMENT + lane * 16;
-                auto row = [&](int from) { return *reinterpret_cast<const uint4*>(at + from); };
-                uint4 low = row(0), low8 = row(8 * STRIDE), high = row(RUN), high8 = row(8 * STRIDE + RUN);
-                multiply_segment<UNITS, EACH>(sums, low, low8, high, high8, w, i);
-            }
-#pragma unroll
-            for (int unit = 0; unit < UNITS; unit++) {
-                int tile = self.warp / PARTS + unit * ABREAST;
-                if (tile >= share.tiles) break;
-                int source = WIDE ? part : self.rank * PARTS + part;
-                int* place = &memory.sums[(source * ROWS + group) * (OWN * 8) + tile % OWN * 8 + lane * 2];
-                constexpr int LOWER = 8 * OWN * 8;  // eight rows below
-                if constexpr (WIDE) {
-                    *reinterpret_cast<int2*>(place) = make_int2(sums[unit][0], sums[unit][1]);
-                    *reinterpret_cast<int2*>(place + LOWER) = make_int2(sums[unit][2], sums[unit][3]);
-                } else {
-                    unsigned there = in_block(place, tile / OWN), count = in_block(&memory.sums_there, tile / OWN);
-                    if (group < rows) send(there, count, sums[unit][0], sums[unit][1]);
-                    if (group + 8 < rows) send(there + LOWER * sizeof(int), count, sums[unit][2], sums[unit][3]);
-                }
-            }
-            if constexpr (PASSES == 1) next();
+            multiply(w, self, share, codes, rows, memory);
             if constexpr (WIDE)
                 __syncthreads();
             else
@@ -179,7 +220,6 @@ struct Matmul {
             }
             __syncthreads();
         }
-        if constexpr (PASSES > 1) next();
     }
 };
 
