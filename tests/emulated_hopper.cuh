@@ -1,6 +1,6 @@
 // kernels/hopper.cuh on a CPU, with enough of CUDA to compile a kernel as C++: every thread of a grid is a fiber, and
-// runs until it waits for another. What is asynchronous comes late and in any order, products now or later. Whatever the
-// machine would refuse is an error, and so is a thread that waits for what never comes.
+// runs until it waits for another. What is asynchronous comes late and in any order, products now or later. Whatever
+// the machine would refuse is an error, and so is a thread that waits for what never comes.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -362,7 +362,6 @@ T read_aligned(const void* at) {
     std::memcpy(&x, at, sizeof(T));
     return x;
 }
-inline uint4 read_weights(const void* at) { return read_aligned<uint4>(at); }
 inline float4 read4(const float* at) { return read_aligned<float4>(at); }
 inline int2 read_indices(const int64* at) {
     int4 x = read_aligned<int4>(at);

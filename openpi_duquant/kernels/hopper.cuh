@@ -127,13 +127,6 @@ __device__ float4 read_in_block(const float4* at, int rank) {
 // --- global memory --------------------------------------------------------------------------------------------------
 
 // Reads that stay where they are written: before a wait.
-__device__ uint4 read_weights(const void* at) {
-    uint4 w;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-                 : "l"(at));
-    return w;
-}
 __device__ float read(const float* at) {
     float x;
     asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(at));

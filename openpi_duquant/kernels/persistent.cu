@@ -39,22 +39,26 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     Matmul<WIDTH, HEADS * HEAD, 0, false, false, 1> o = {given.o, &maps.o};
     Matmul<2 * MLP, WIDTH, UP_BLOCK, true, UP_PERMUTED, MLP> gate_up = {given.gate_up, nullptr};
     Matmul<WIDTH, MLP, DOWN_BLOCK, false, DOWN_PERMUTED, 1> down = {given.down, &maps.down};
+    auto ask_for_cached = [&](int layer) {
+        if (layer < given.layers) Attention(self, given, maps, layer, nullptr, nullptr, memory).ask_for_cached();
+    };
+    auto nothing = [] {};
     unsigned tokens = given.batch * given.length;
     const bf16* x = given.x;
-    Attention(self, given, maps, 0, nullptr, nullptr, memory).ask_for_cached();
+    if (self.thread == 0) ask_for_cached(0);
     for (int layer = 0; layer < given.layers; layer++) {
         const float *norm = given.norms + 2 * layer * NORM, *norm2 = norm + NORM;
         bf16* heads = given.buffers + layer * tokens * BUFFER;
         bf16 *attended = heads + tokens * QKV, *middle = attended + tokens * (HEADS * HEAD);
-        bf16 *hidden = middle + tokens * WIDTH, *out = hidden + tokens * MLP;
         bool last = layer + 1 == given.layers;
-        if (last) out = given.out;
-        qkv.run(self, given, layer, x, layer == 0, norm, Turned{given.cos, given.sin, heads}, steps, memory);
+        bf16 *hidden = middle + tokens * WIDTH, *out = last ? given.out : hidden + tokens * MLP;
+        Turned turned = {given.cos, given.sin, heads};
+        Added added = {x, norm + 2 * WIDTH, middle}, added2 = {middle, norm2 + 2 * WIDTH, out};
+        qkv.run(self, given, layer, x, layer == 0, norm, turned, nothing, steps, memory);
         Attention(self, given, maps, layer, heads, attended, memory).run(last ? 0 : layer + 1, steps);
-        if (!last) Attention(self, given, maps, layer + 1, nullptr, nullptr, memory).ask_for_cached();
-        o.run(self, given, layer, attended, false, nullptr, Added{x, norm + 2 * WIDTH, middle}, steps, memory);
-        gate_up.run(self, given, layer, middle, false, norm2, Gated{hidden}, steps, memory);
-        down.run(self, given, layer, hidden, false, nullptr, Added{middle, norm2 + 2 * WIDTH, out}, steps, memory);
+        o.run(self, given, layer, attended, false, nullptr, added, [&] { ask_for_cached(layer + 1); }, steps, memory);
+        gate_up.run(self, given, layer, middle, false, norm2, Gated{hidden}, nothing, steps, memory);
+        down.run(self, given, layer, hidden, false, nullptr, added2, nothing, steps, memory);
         x = out;
     }
     leave_cluster();  // nobody sends to a block that is gone

@@ -109,11 +109,6 @@ __device__ T until_written(T x, const T* at) {
     while (__any_sync(~0u, unwritten(x))) x = peek(at);
     return x;
 }
-template <class T>
-__device__ T read_written(const T* at, bool written) {
-    T x = peek(at);
-    return written ? x : until_written(x, at);
-}
 __device__ float over_127(float x) {  // rounded correctly (Markstein)
     float y = x * (1.f / 127.f);
     return fmaf(fmaf(-127.f, y, x), 1.f / 127.f, y);

@@ -40,12 +40,11 @@ struct Attention {
     }
     __device__ bool exists(const Unit& unit) const { return unit.group < given.batch * SHARES; }
 
-    __device__ void ask_for_cached() const {  // before `run`
+    __device__ void ask_for_cached() const {  // by one thread, before `run`
         Unit unit = this->unit(0, self.cluster);
         if (exists(unit)) ask_for_cached(unit);
     }
     __device__ void ask_for_cached(const Unit& unit) const {  // zeros where there are none
-        if (self.thread > 0) return;
         int matrix = layer * given.batch + unit.element();
         uint64* count = &memory.cached_there;
         let_copy_engine_write();
@@ -203,7 +202,7 @@ struct Attention {
         for (int loaded = -1; exists(unit);) {
             if (self.thread == 0) expect(&memory.partial_there, int(sizeof(memory.partial) + sizeof(memory.totals)));
             bool others = unit.group != loaded;
-            if (others && loaded >= 0) ask_for_cached(unit);
+            if (others && loaded >= 0 && self.thread == 0) ask_for_cached(unit);
             if (unit.element() != steps.looked) look(unit.element());
             if (others) wait_for_bytes(&memory.cached_there, steps.cached++);
             loaded = unit.group, steps.looked = unit.element();

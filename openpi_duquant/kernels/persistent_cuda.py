@@ -89,13 +89,14 @@ def launch(
     columns = math.ceil(_WIDTH / 8 / clusters) * 8  # of a cluster
     boxes += [(matrix.weight, columns, _SEGMENT) for matrix in (stack.o, stack.down)]
     maps = [driver.tensor_map(*box) for box in boxes]
+    maps = (type(maps[0]) * len(maps))(*maps)
     matrices = (_Matrix(*map(_address, matrix[:3])) for matrix in stack[:4])
     tensors = map(_address, (norms, visible, cos, sin))
     sizes = layers, batch, length, prefix, state_first
     of_layers = buffers, *(part for matrix in stack[:4] for part in matrix[:3]), norms, keys, values
     arrays = (_Array * _ARRAYS)(*((part.data_ptr(), part.nbytes // layers) for part in of_layers if part is not None))
     arguments = _Arguments(*map(_address, (x, out, buffers)), *matrices, *tensors, arrays, *sizes)
-    function((clusters * _CLUSTER, 1, 1), 32 * _WARPS, [arguments, (type(maps[0]) * len(maps))(*maps)], cooperative=True)
+    function((clusters * _CLUSTER, 1, 1), 32 * _WARPS, [arguments, maps], cooperative=True)
     return out
 
 

@@ -5,15 +5,17 @@
 #include "persistent_rows.cuh"
 
 // Codes of 16 tokens times a segment of the weights of some tiles of columns. Nibbles are moved to the high half of a
-// byte, where they are 16 times what they stand for; the sums are shifted back in the end.
+// byte, where they are 16 times what they stand for; the sums are shifted back in the end. The last tile is left out,
+// unless `all` are there.
 template <int UNITS, int EACH>
 __device__ void multiply_segment(int (&sums)[UNITS][4], uint4 low, uint4 low8, uint4 high, uint4 high8,
-                                 const uint4 (&w)[UNITS][EACH], int segment) {
+                                 const uint4 (&w)[UNITS][EACH], int segment, bool all) {
     const unsigned *a0 = &low.x, *a1 = &low8.x, *a2 = &high.x, *a3 = &high8.x;
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
         for (int unit = 0; unit < UNITS; unit++) {
+            if (unit == UNITS - 1 && !all) break;
             unsigned b = (&w[unit][segment].x)[i];
             multiply(sums[unit], {a0[i], a1[i], a2[i], a3[i]}, (b << 4) & 0xF0F0F0F0, b & 0xF0F0F0F0);
         }
@@ -81,26 +83,18 @@ struct Matmul {
                 load_box(memory.deep[i], *map, self.rank * RUN + i * SEGMENT, share.first * 8, layer, count);
         }
     }
-    // Four lanes have a row; of pairs of rows, eight lanes meet in no bank.
-    __device__ static uint4 read_weights(const Memory& memory, int tile, int segment, int lane) {
-        const uint8* at;
-        if constexpr (WIDE) {
-            int pair = min(tile, OWN - 1) * 4 + lane / 8;
-            at = &memory.wide[lane / 4 % 2][pair * RUN + segment * SEGMENT + lane % 4 * 16];
-        } else {
-            int row = min(tile, TILES - 1) * 8 + lane / 4;
-            at = &memory.deep[segment][row][(lane % 4 ^ row / 2 % 4) * 16];
-        }
-        return *reinterpret_cast<const uint4*>(at);
-    }
-
+    // Those that a warp multiplies. Four lanes have a row; of pairs of rows, eight lanes meet in no bank.
     __device__ static void read_weights(uint4 (&w)[UNITS][EACH], const Self& self, const Memory& memory) {
+        int group = self.lane / 4, piece = self.lane % 4;
 #pragma unroll
         for (int unit = 0; unit < UNITS; unit++)
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
-                int tile = self.warp / PARTS + unit * ABREAST, segment = self.warp % PARTS * EACH + i;
-                w[unit][i] = read_weights(memory, tile, segment, self.lane);
+                int tile = min(self.warp / PARTS + unit * ABREAST, (WIDE ? OWN : TILES) - 1), row = tile * 8 + group;
+                int segment = self.warp % PARTS * EACH + i, pair = tile * 4 + group / 2;
+                const uint8* at = WIDE ? &memory.wide[group % 2][pair * RUN + segment * SEGMENT + piece * 16]
+                                       : &memory.deep[segment][row][(piece ^ row / 2 % 4) * 16];
+                w[unit][i] = *reinterpret_cast<const uint4*>(at);
             }
     }
 
@@ -108,13 +102,14 @@ struct Matmul {
     __device__ static void multiply(const uint4 (&w)[UNITS][EACH], const Self& self, const Share<N, WIDE>& share,
                                     const uint8* codes, int rows, Memory& memory) {
         int group = self.lane / 4, lane = self.lane % 4, part = self.warp % PARTS;
+        bool all = self.warp / PARTS + (UNITS - 1) * ABREAST < share.tiles;  // of the warp's tiles are there
         int sums[UNITS][4] = {};
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const uint8* at = codes + group * STRIDE + (part * EACH + i) * SEGMENT + lane * 16;
             auto row = [&](int from) { return *reinterpret_cast<const uint4*>(at + from); };
             uint4 low = row(0), low8 = row(8 * STRIDE), high = row(RUN), high8 = row(8 * STRIDE + RUN);
-            multiply_segment<UNITS, EACH>(sums, low, low8, high, high8, w, i);
+            multiply_segment<UNITS, EACH>(sums, low, low8, high, high8, w, i, all);
         }
 #pragma unroll
         for (int unit = 0; unit < UNITS; unit++) {
@@ -135,13 +130,13 @@ struct Matmul {
         }
     }
 
-    // `finish` takes the sums.
-    template <class Finish>
+    // `finish` takes the sums; `meanwhile` is called by a thread that has none of them.
+    template <class Finish, class Meanwhile>
     __device__ void run(const Self& given_self, const Arguments& given, int layer, const bf16* x, bool written,
-                        const float* norm, const Finish& finish, Steps& steps, Memory& memory) const {
+                        const float* norm, const Finish& finish, const Meanwhile& meanwhile, Steps& steps,
+                        Memory& memory) const {
         int tokens = given.batch * given.length;
         Share<N, WIDE> share(given_self);
-        uint4 w[UNITS][EACH];
         if (given_self.thread == 0) ask_for_weights(share, given_self, layer, memory);
         Channels<K, NORMED, PERMUTED> channels(given_self, norm,
                                                PERMUTED ? matrix.permutation + int64(layer) * K : nullptr);
@@ -154,12 +149,26 @@ struct Matmul {
                 expect(codes_there, rows * 2 * RUN + ROWS * int(sizeof(float)));
                 if (!WIDE) expect(&memory.sums_there, SOURCES * rows * share.own * 8 * int(sizeof(int)));
             }
+            int row[ITEMS], pair[ITEMS], column[ITEMS];
+            float scale[ITEMS], scale2[ITEMS];
+            typename Finish::Operands operands[ITEMS];
+#pragma unroll
+            for (int i = 0; i < ITEMS; i++) {
+                if (i * THREADS >= rows * OWN * 4) break;
+                int item = self.thread + i * THREADS;
+                pair[i] = item % (OWN * 4), row[i] = pair[i] / 4 < share.own ? item / (OWN * 4) : ROWS;
+                if (row[i] >= rows) continue;
+                column[i] = column_of<N, DISTANCE>((self.cluster * TILES + self.rank * OWN) * 4 + pair[i]);
+                scale[i] = read(matrix.scale + layer * N + column[i]);
+                scale2[i] = read(matrix.scale + layer * N + column[i] + DISTANCE);
+                operands[i] = finish.read(first + row[i], column[i]);
+            }
             float act_scale = 0.f;
             if (mine < rows) {
-                bf16* row = memory.row[self.half];
-                uint8* coded = reinterpret_cast<uint8*>(row);
-                act_scale =
-                    transform<K, BLOCK>(self, x + unsigned((first + mine) * K), written, channels, row, coded, memory);
+                bf16* scratch = memory.row[self.half];
+                uint8* coded = reinterpret_cast<uint8*>(scratch);
+                act_scale = transform<K, BLOCK>(self, x + unsigned((first + mine) * K), written, channels, scratch,
+                                                coded, memory);
                 wait_for_half(self);
 #pragma unroll
                 for (int to = self.warp % (WARPS / 2); to < CLUSTER; to += WARPS / 2) {
@@ -178,26 +187,12 @@ struct Matmul {
                      __float_as_uint(act_scale));
             }
 
-            int row[ITEMS], pair[ITEMS], column[ITEMS];
-            float scale[ITEMS], scale2[ITEMS];
-            typename Finish::Operands operands[ITEMS];
-#pragma unroll
-            for (int i = 0; i < ITEMS; i++) {
-                if (i * THREADS >= rows * OWN * 4) break;
-                int item = self.thread + i * THREADS;
-                pair[i] = item % (OWN * 4), row[i] = pair[i] / 4 < share.own ? item / (OWN * 4) : ROWS;
-                if (row[i] >= rows) continue;
-                column[i] = column_of<N, DISTANCE>((self.cluster * TILES + self.rank * OWN) * 4 + pair[i]);
-                scale[i] = read(matrix.scale + layer * N + column[i]);
-                scale2[i] = read(matrix.scale + layer * N + column[i] + DISTANCE);
-                operands[i] = finish.read(first + row[i], column[i]);
-            }
-            if (first == 0) {
-                wait_for_bytes(&memory.weights_there, steps.weights++);
-                read_weights(w, self, memory);
-            }
+            if (first == 0) wait_for_bytes(&memory.weights_there, steps.weights++);
+            uint4 w[UNITS][EACH];
+            read_weights(w, self, memory);
             wait_for_bytes(codes_there, step / 2);
             multiply(w, self, share, codes, rows, memory);
+            if (first == (PASSES - 1) * ROWS && self.thread == THREADS - 1) meanwhile();
             if constexpr (WIDE)
                 __syncthreads();
             else

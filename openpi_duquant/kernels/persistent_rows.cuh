@@ -57,6 +57,15 @@ struct Channels {
     }
 };
 
+template <int E>  // of E numbers, or of eight at a time
+struct VectorOf {
+    using type = uint4;
+};
+template <>
+struct VectorOf<4> {
+    using type = uint2;
+};
+
 // Norm, permutation, rotation and rounding of a row [K], by half a block: codes into `coded` [K]; returns their scale.
 template <int K, int BLOCK, bool NORMED, bool PERMUTED>
 __device__ float transform(const Self& self, const bf16* x_row, bool written,
@@ -64,18 +73,19 @@ __device__ float transform(const Self& self, const bf16* x_row, bool written,
     constexpr int E = K / HALF;
     int first = self.thread % HALF * E;
     float x[E];
-    const bf16* at = x_row + first;
-    if constexpr (E == 4) {
-        uint2 pairs = read_written(reinterpret_cast<const uint2*>(at), written);
-        x[0] = low_half(pairs.x), x[1] = high_half(pairs.x), x[2] = low_half(pairs.y), x[3] = high_half(pairs.y);
-    } else {
+    using Vector = typename VectorOf<E>::type;
+    constexpr int VECTORS = E * int(sizeof(bf16)) / int(sizeof(Vector)), EACH = E / VECTORS;
+    const Vector* at = reinterpret_cast<const Vector*>(x_row + first);
+    Vector pairs[VECTORS];
 #pragma unroll
-        for (int i = 0; i < E; i += 8) {
-            uint4 pairs = read_written(reinterpret_cast<const uint4*>(at + i), written);
-            x[i] = low_half(pairs.x), x[i + 1] = high_half(pairs.x), x[i + 2] = low_half(pairs.y);
-            x[i + 3] = high_half(pairs.y), x[i + 4] = low_half(pairs.z), x[i + 5] = high_half(pairs.z);
-            x[i + 6] = low_half(pairs.w), x[i + 7] = high_half(pairs.w);
-        }
+    for (int i = 0; i < VECTORS; i++) pairs[i] = peek(at + i);
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+        if (!written) pairs[i] = until_written(pairs[i], at + i);
+        const unsigned* words = &pairs[i].x;
+#pragma unroll
+        for (int j = 0; j < EACH / 2; j++)
+            x[i * EACH + 2 * j] = low_half(words[j]), x[i * EACH + 2 * j + 1] = high_half(words[j]);
     }
     if constexpr (NORMED) {
         float square = 0.f;
