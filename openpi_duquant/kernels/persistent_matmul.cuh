@@ -137,9 +137,9 @@ struct Matmul {
                         Memory& memory) const {
         int tokens = given.batch * given.length;
         Share<N, WIDE> share(given_self);
-        if (given_self.thread == 0) ask_for_weights(share, given_self, layer, memory);
         Channels<K, NORMED, PERMUTED> channels(given_self, norm,
                                                PERMUTED ? matrix.permutation + int64(layer) * K : nullptr);
+        if (given_self.thread == 0) ask_for_weights(share, given_self, layer, memory);
         for (int first = 0; first < PASSES * ROWS; first += ROWS) {
             Self self(given_self);
             int rows = min(ROWS, tokens - first), mine = self.rank + self.half * CLUSTER, step = steps.codes++;
