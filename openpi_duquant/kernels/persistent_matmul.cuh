@@ -130,7 +130,7 @@ struct Matmul {
         }
     }
 
-    // `finish` takes the sums; `meanwhile` is called by a thread that has none of them.
+    // `finish` takes the sums; `meanwhile` is called by a thread that has the fewest of them.
     template <class Finish, class Meanwhile>
     __device__ void run(const Self& given_self, const Arguments& given, int layer, const bf16* x, bool written,
                         const float* norm, const Finish& finish, const Meanwhile& meanwhile, Steps& steps,

@@ -1,12 +1,22 @@
-"""Machine code is kept, and made again whenever anything that it depends on has changed."""
+"""Machine code is kept, and made again whenever anything that it depends on has changed; what fails is left out."""
 
+from collections.abc import Callable
 import ctypes
+import logging
 import pathlib
 import types
 
 import pytest
+import torch
 
+from openpi_duquant.config import DuQuantError
+from openpi_duquant.kernels import attention_cuda
 from openpi_duquant.kernels import driver
+from openpi_duquant.kernels import matmul_cuda
+from openpi_duquant.kernels import patch_attention_cuda
+from openpi_duquant.kernels import transform_cuda
+from openpi_duquant.kernels.matmul_cuda import Shape
+from openpi_duquant.kernels.transform_cuda import Kind
 
 
 class Compiler:
@@ -66,3 +76,34 @@ def test_where_nothing_can_be_kept_it_is_made_every_time(
     (tmp_path / "cache").write_text("no folder")
     assert (compiled(), compiled()) == (b"code 1", b"code 2")
     assert "matmul.cu cannot be kept compiled" in caplog.text
+
+
+KIND = Kind(2048, 64, geglu=False, norm=False, scale=False, shift=False, permuted=False, factor=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "given", "others"),
+    [
+        (matmul_cuda._kernel, (Shape(64, 128, 1), matmul_cuda._Macros(4, geglu=False, residual=False)), "matmuls run"),
+        (attention_cuda._kernel, (2, True), "attention runs"),
+        (patch_attention_cuda._kernel, (), "patches are attended to"),
+        (transform_cuda._kernel, (KIND,), "inputs are transformed"),
+    ],
+    ids=["matmul", "attention", "patches", "transform"],
+)
+def test_a_kernel_that_does_not_compile_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kernel: Callable[..., object],
+    given: tuple[object, ...],
+    others: str,
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise DuQuantError("no compiler")
+
+    monkeypatch.setattr(driver, "compile_source", refuse)
+    kernel.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert kernel(torch.device("cuda", 0), *given) is None
+    assert caplog.messages == [f"{others} without the kernel made for Hopper: no compiler"]
+    kernel.cache_clear()

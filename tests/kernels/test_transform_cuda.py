@@ -1,6 +1,5 @@
 """The transform made for Hopper against the formula in fp64; what it takes and when it is left out, without a GPU."""
 
-import logging
 import pathlib
 
 from by_formula import DEVICE
@@ -17,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from openpi_duquant.config import DuQuantError
 from openpi_duquant.kernels import driver
 from openpi_duquant.kernels import transform
 from openpi_duquant.kernels import transform_cuda
@@ -232,20 +230,6 @@ def test_a_kernel_that_errs_is_left_out(asked: dict[str, object], caplog: pytest
     asked["fault"] = "rounded 7 of 9 codes otherwise"
     assert transform_cuda._kernel(torch.device("cuda", 0), kinds()[0]) is None
     assert "rounded 7 of 9 codes otherwise; please report" in caplog.messages[-1]
-
-
-def test_where_it_does_not_compile_it_is_left_out(
-    asked: dict[str, object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    del asked
-
-    def refuse(*_: object) -> bytes:
-        raise DuQuantError("no compiler")
-
-    monkeypatch.setattr(driver, "compile_source", refuse)
-    with caplog.at_level(logging.WARNING):
-        assert transform_cuda._kernel(torch.device("cuda", 0), kinds()[0]) is None
-    assert caplog.messages[-1] == "inputs are transformed without the kernel made for Hopper: no compiler"
 
 
 @pytest.mark.gpu
