@@ -14,9 +14,10 @@
 // L2.
 //
 // Defined by persistent_cuda.py: PASSES (of 16 tokens, over the weights); CLUSTERS, of CLUSTER blocks; WARPS (of a
-// block), KEYS (most that one attends to); WIDTH, MLP, HEADS, HEAD; QKV_BLOCK, UP_BLOCK, DOWN_BLOCK (of Hadamards; 0
-// for none); QKV_PERMUTED, UP_PERMUTED, DOWN_PERMUTED; ADAPTIVE (norms with a shift and a gate); EPS; SCALE (of scores,
-// in base 2); ARRAYS (of a layer, most); SHARED_MEMORY (bytes).
+// block), WIDE_PARTS (of the channels of a wide matrix, for as many warps), KEYS (most that one attends to); WIDTH,
+// MLP, HEADS, HEAD; QKV_BLOCK, UP_BLOCK, DOWN_BLOCK (of Hadamards; 0 for none); QKV_PERMUTED, UP_PERMUTED,
+// DOWN_PERMUTED; ADAPTIVE (norms with a shift and a gate); EPS; SCALE (of scores, in base 2); ARRAYS (of a layer,
+// most); SHARED_MEMORY (bytes).
 
 #include "persistent_attention.cuh"
 #include "persistent_matmul.cuh"

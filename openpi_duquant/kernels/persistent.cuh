@@ -70,8 +70,8 @@ struct Memory {
     uint8 codes[2][ROWS * MOST_CODES];  // of even and odd tiles of rows
     float act_scale[2][ROWS];
     union {
-        bf16 row[2][MLP];                                   // of each half
-        int sums[CLUSTER * ROWS * OWN_TILES<2 * MLP> * 8];  // [parts of the channels, ROWS, columns]
+        bf16 row[2][MLP];                                      // of each half
+        int sums[WIDE_PARTS * ROWS * OWN_TILES<2 * MLP> * 8];  // [parts of the channels, ROWS, columns]
         AttentionMemory attention;
     };
     float partial[CLUSTER][ROWS][SLICE];  // by the block that they come from

@@ -26,7 +26,8 @@ _KERNEL = "run_layers"
 _CLUSTER, _WARPS, _KEYS = 8, 16, 128
 _ROWS = 16  # tokens that the tensor cores take at a time
 _SEGMENT = 64  # bytes of a weight's row that are laid down together
-_MOST_CLUSTERS = 16
+_MOST_CLUSTERS, _FEWEST_CLUSTERS = 16, 10  # fewer have no room for their share of the weights
+_FEW_CLUSTERS = 12  # have none for the sums of eight parts of the channels
 _SHARED_MEMORY = 227 * 1024
 _WIDTH, _MLP, _HEADS, _HEAD = 1024, 4096, 8, 256  # of Gemma 300M
 _LARGEST_BLOCK = 128  # of a Hadamard: what one warp has
@@ -129,13 +130,15 @@ def _kernel(
     clusters = _MOST_CLUSTERS
     try:
         while True:  # GPUs differ in how many clusters they have room for
-            code = driver.compile_source(
-                _SOURCE.name, _SOURCE.read_text(), architecture(device), constants | {"CLUSTERS": clusters}
-            )
+            macros = constants | {"CLUSTERS": clusters, "WIDE_PARTS": 4 if clusters <= _FEW_CLUSTERS else 8}
+            code = driver.compile_source(_SOURCE.name, _SOURCE.read_text(), architecture(device), macros)
             function = driver.load(code, _KERNEL, _SHARED_MEMORY, device.index)
             fitting = function.most_clusters(_CLUSTER, 32 * _WARPS)
             if fitting >= clusters:
                 return function, clusters
+            if fitting < _FEWEST_CLUSTERS:
+                blocks = f"clusters of {_CLUSTER} blocks"
+                raise DuQuantError(f"this GPU has room for {fitting} {blocks}, it takes {_FEWEST_CLUSTERS}")
             clusters = fitting
     except DuQuantError as error:
         _logger.warning("the expert runs without the kernel made for Hopper: %s", error)

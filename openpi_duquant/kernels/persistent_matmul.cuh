@@ -50,9 +50,9 @@ struct Matmul {
     static constexpr int TILES = TILES_OF_CLUSTER<N>, OWN = OWN_TILES<N>;  // of 8 columns
     static constexpr int RUN = WIDE ? K / 2 : K / 2 / CLUSTER;             // channels that lie together in a block
     static constexpr int STRIDE = 2 * RUN + SEGMENT;                       // from a row's codes to the next one's
-    static constexpr int PARTS = WIDE ? CLUSTER : 2;    // of the segments of a row, for as many warps
-    static constexpr int EACH = RUN / SEGMENT / PARTS;  // segments
-    static constexpr int ABREAST = WARPS / PARTS;       // tiles at a time
+    static constexpr int PARTS = WIDE ? WIDE_PARTS : 2;  // of the segments of a row, for as many warps
+    static constexpr int EACH = RUN / SEGMENT / PARTS;   // segments
+    static constexpr int ABREAST = WARPS / PARTS;        // tiles at a time
     static constexpr int UNITS = ((WIDE ? OWN : TILES) + ABREAST - 1) / ABREAST;  // tiles of a warp
     static constexpr int SOURCES = WIDE ? PARTS : PARTS * CLUSTER;                // of the sums of a column
     static constexpr int ITEMS = (ROWS * OWN * 4 + THREADS - 1) / THREADS;  // a row and a pair of columns, of a thread

@@ -153,11 +153,11 @@ def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterato
 @pytest.mark.triton
 @emulated_hopper.only_here
 @pytest.mark.parametrize(
-    ("shape", "prefix", "state_first", "how"),
+    ("shape", "prefix", "state_first", "few", "how"),
     [
-        ((1, 10), 544, False, {"pi05": True}),
-        ((3, 7), 77, True, {"pi05": False, "rotation_block": 128}),
-        ((1, 1), 1, False, {"pi05": True, "rotation": "none", "permute": False}),
+        ((1, 10), 544, False, False, {"pi05": True}),
+        ((3, 7), 77, True, False, {"pi05": False, "rotation_block": 128}),
+        ((1, 1), 1, False, True, {"pi05": True, "rotation": "none", "permute": False}),
     ],
     ids=str,
 )
@@ -170,7 +170,9 @@ def test_a_step_is_its_definition_on_a_cpu(
     how: dict[str, object],
     *,
     state_first: bool,
+    few: bool,
 ) -> None:
+    monkeypatch.setattr(persistent_cuda, "_FEW_CLUSTERS", emulated_hopper.CLUSTERS if few else 0)
     given = {"shape": shape, "prefix": prefix, "state_first": state_first, "masked": prefix > 1}
     expected, rounded, policy = (
         load_policy(converted(**how), backend=backend, dtype=dtype)
@@ -221,6 +223,16 @@ def test_where_it_does_not_compile_it_is_left_out_and_says_why(
     assert not hopper
 
 
+def test_gpus_of_too_few_clusters_are_left_out_and_say_why(
+    hopper: list[object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(driver, "load", lambda *_: types.SimpleNamespace(most_clusters=lambda *_: 9))
+    with caplog.at_level(logging.WARNING):
+        assert kernel() is None
+    assert "this GPU has room for 9 clusters of 8 blocks, it takes 10" in caplog.text
+    assert hopper == [16]
+
+
 def test_gpus_without_the_room_are_not_asked(hopper: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     room = types.SimpleNamespace(shared_memory_per_block_optin=163 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: room)
@@ -229,7 +241,7 @@ def test_gpus_without_the_room_are_not_asked(hopper: list[object], monkeypatch: 
 
 
 @nvcc.needed
-@pytest.mark.parametrize("clusters", [14, 15, 16])
+@pytest.mark.parametrize("clusters", [10, 12, 13, 14, 15, 16])
 @pytest.mark.parametrize(
     ("permuted", "adaptive", "passes"),
     [((True, True, False), True, 1), ((False, False, True), False, 1), ((True, True, False), True, 4)],
@@ -246,7 +258,8 @@ def test_it_compiles_without_spilling_registers(
 ) -> None:
     given: dict[str, object] = {}
     monkeypatch.setattr(driver, "compile_source", lambda *_: given.update(_[-1]) or b"code")
+    monkeypatch.setattr(driver, "load", lambda *_: types.SimpleNamespace(most_clusters=lambda *_: clusters))
     persistent_cuda._kernel(torch.device("cuda", 0), (64, 64, 64), permuted, adaptive=adaptive, passes=passes)
     source = persistent_cuda._SOURCE.read_text()
-    assert " 0 bytes spill stores" in nvcc.report(source, "sm_90", given | {"CLUSTERS": clusters}, tmp_path)
+    assert " 0 bytes spill stores" in nvcc.report(source, "sm_90", given, tmp_path)
     del hopper
