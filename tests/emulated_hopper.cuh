@@ -228,6 +228,10 @@ inline bool __any_sync(unsigned, bool x) {
 inline unsigned __ballot_sync(unsigned, bool x) {
     return reduced(unsigned(x) << threadIdx.x % 32, [](unsigned a, unsigned b) { return a | b; });
 }
+inline bool elected() {  // whichever it is
+    exchange({uint64(0)});
+    return threadIdx.x % 32 == 17;
+}
 inline unsigned __reduce_max_sync(unsigned, unsigned x) {
     return reduced(x, [](unsigned a, unsigned b) { return max(a, b); });
 }
@@ -376,8 +380,7 @@ T peek(const T* at) {
     yield();
     return read_aligned<T>(at);
 }
-inline void write(bf16* at, float x) { *at = to_bf16(x), grid->moved = true; }
-inline void write(unsigned* at, float low, float high) { *at = to_pair(low, high), grid->moved = true; }
+inline void put(unsigned* at, unsigned bits) { *at &= bits, grid->moved = true; }
 
 // --- the copy engine ------------------------------------------------------------------------------------------------
 

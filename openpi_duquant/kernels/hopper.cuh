@@ -42,6 +42,14 @@ __device__ void not_before(float& x) { asm volatile("" : "+f"(x)); }  // is x kn
 __device__ void not_before(int& x) { asm volatile("" : "+r"(x)); }
 __device__ void not_before(unsigned& x, unsigned& y) { asm volatile("" : "+r"(x), "+r"(y)); }
 
+// One thread of a warp that is together. The compiler knows that it is one; of any other that asks the copy engine it
+// makes a loop over all threads.
+__device__ bool elected() {
+    unsigned is;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xFFFFFFFF; selp.u32 %0, 1, 0, p; }" : "=r"(is));
+    return is;
+}
+
 template <int THREADS>
 __device__ void wait_for_threads(int barrier) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
@@ -167,11 +175,9 @@ __device__ uint4 peek(const uint4* at) {
                  : "memory");
     return x;
 }
-__device__ void write(bf16* at, float x) {
-    asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(at), "h"(to_bf16(x)) : "memory");
-}
-__device__ void write(unsigned* at, float low, float high) {
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(to_pair(low, high)) : "memory");
+// Into bits that are all set. This is made in L2 itself; a plain store is held up by those who look at what it changes.
+__device__ void put(unsigned* at, unsigned bits) {
+    asm volatile("red.relaxed.gpu.global.and.b32 [%0], %1;" ::"l"(at), "r"(bits) : "memory");
 }
 
 // --- the copy engine (TMA) ------------------------------------------------------------------------------------------

@@ -205,13 +205,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) __cluster_dims__(PAR
     Memory& memory = shared_memory<Memory>();
     Place place(given);
     Filling fill = {weight, codes, given, memory, place};
-    if (threadIdx.x == 0) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, turn = 0;
+    if (warp == 0 && elected()) {
         for (int i = 0; i < STAGES; i++) initialize(&memory.filled[i], 1), initialize(&memory.emptied[i], WARPS);
         publish_counts();
         for (int i = 0; i < STAGES; i++) fill();
     }
     __syncthreads();
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, turn = 0;
     for (int tile = blockIdx.x / PARTS; tile < place.tiles; tile += gridDim.x / PARTS) {
         place.go_to(given, tile);
         const Finishing finish(given, place, warp, lane);
@@ -219,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) __cluster_dims__(PAR
         for (int step = 0; step < place.steps; step++, turn++) {
             wait_for_bytes(&memory.filled[turn % STAGES], turn / STAGES);
             multiply_step(sums, memory.stages[turn % STAGES], warp, lane);
-            if (threadIdx.x == 0 && turn > 0) fill();  // what the step before had
+            if (turn > 0 && warp == 0 && elected()) fill();  // what the step before had
             wait_for_products();
             if (lane == 0) arrive(&memory.emptied[turn % STAGES]);
         }

@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     Memory& memory = shared_memory<Memory>();
     int head = blockIdx.x / (PATCHES / QUERIES) % heads, first = blockIdx.x % (PATCHES / QUERIES) * QUERIES;
     int image = blockIdx.x / (PATCHES / QUERIES) / heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (threadIdx.x == 0) {
+    if (warp == 0 && elected()) {
         initialize(&memory.scores_can_be, 2), initialize(&memory.values_there, 1);
         publish_counts();
         memory.queries.fill(maps, 0, image, first, head, &memory.scores_can_be);
@@ -65,7 +65,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     multiply(scores, described_in_eights(memory.queries.narrow, sizeof(memory.queries.narrow[0]), 128),
              described_in_eights(memory.keys.narrow, sizeof(memory.keys.narrow[0]), 128));
     commit_products();
-    if (threadIdx.x == 0) memory.values.fill(maps, 2, image, 0, head, &memory.values_there);  // not before: L2 is busy
+    if (warp == 0 && elected())
+        memory.values.fill(maps, 2, image, 0, head, &memory.values_there);  // not before: L2 is busy
     wait_for_products();
     float each[2];
 #pragma unroll

@@ -13,7 +13,7 @@
 // weights and keys into shared memory. Clusters without a part in attention fetch all that the next layer reads into
 // L2.
 //
-// Defined by persistent_cuda.py: PASSES (of 16 tokens, over the weights); CLUSTERS, of CLUSTER blocks; WARPS (of a
+// Defined by persistent_cuda.py: BATCH, of LENGTH tokens each; CLUSTERS, of CLUSTER blocks; WARPS (of a
 // block), WIDE_PARTS (of the channels of a wide matrix, for as many warps), KEYS (most that one attends to); WIDTH,
 // MLP, HEADS, HEAD; QKV_BLOCK, UP_BLOCK, DOWN_BLOCK (of Hadamards; 0 for none); QKV_PERMUTED, UP_PERMUTED,
 // DOWN_PERMUTED; ADAPTIVE (norms with a shift and a gate); EPS; SCALE (of scores, in base 2); ARRAYS (of a layer,
@@ -35,7 +35,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         publish_counts();
     }
     wait_for_cluster();
-    Steps steps = {0, 0, 0, 0, 0, -1};
+    Steps steps = {0, 0, -1};
     Matmul<QKV, WIDTH, QKV_BLOCK, true, QKV_PERMUTED, HEAD / 2> qkv = {given.qkv, nullptr};
     Matmul<WIDTH, HEADS * HEAD, 0, false, false, 1> o = {given.o, &maps.o};
     Matmul<2 * MLP, WIDTH, UP_BLOCK, true, UP_PERMUTED, MLP> gate_up = {given.gate_up, nullptr};
@@ -44,22 +44,21 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         if (layer < given.layers) Attention(self, given, maps, layer, nullptr, nullptr, memory).ask_for_cached();
     };
     auto nothing = [] {};
-    unsigned tokens = given.batch * given.length;
     const bf16* x = given.x;
     if (self.thread == 0) ask_for_cached(0);
     for (int layer = 0; layer < given.layers; layer++) {
         const float *norm = given.norms + 2 * layer * NORM, *norm2 = norm + NORM;
-        bf16* heads = given.buffers + layer * tokens * BUFFER;
-        bf16 *attended = heads + tokens * QKV, *middle = attended + tokens * (HEADS * HEAD);
+        bf16* heads = given.buffers + layer * TOKENS * BUFFER;
+        bf16 *attended = heads + TOKENS * QKV, *middle = attended + TOKENS * (HEADS * HEAD);
         bool last = layer + 1 == given.layers;
-        bf16 *hidden = middle + tokens * WIDTH, *out = last ? given.out : hidden + tokens * MLP;
+        bf16 *hidden = middle + TOKENS * WIDTH, *out = hidden + TOKENS * MLP;
         Turned turned = {given.cos, given.sin, heads};
         Added added = {x, norm + 2 * WIDTH, middle}, added2 = {middle, norm2 + 2 * WIDTH, out};
-        qkv.run(self, given, layer, x, layer == 0, norm, turned, nothing, steps, memory);
+        qkv.run(self, given, 4 * layer, x, layer == 0, norm, turned, nothing, memory);
         Attention(self, given, maps, layer, heads, attended, memory).run(last ? 0 : layer + 1, steps);
-        o.run(self, given, layer, attended, false, nullptr, added, [&] { ask_for_cached(layer + 1); }, steps, memory);
-        gate_up.run(self, given, layer, middle, false, norm2, Gated{hidden}, nothing, steps, memory);
-        down.run(self, given, layer, hidden, false, nullptr, added2, nothing, steps, memory);
+        o.run(self, given, 4 * layer + 1, attended, false, nullptr, added, [&] { ask_for_cached(layer + 1); }, memory);
+        gate_up.run(self, given, 4 * layer + 2, middle, false, norm2, Gated{hidden}, nothing, memory);
+        down.run(self, given, 4 * layer + 3, hidden, false, nullptr, added2, nothing, memory);
         x = out;
     }
     leave_cluster();  // nobody sends to a block that is gone

@@ -7,8 +7,10 @@
 constexpr int THREADS = 32 * WARPS;
 constexpr int HALF = THREADS / 2;  // threads that have a row
 constexpr int ROWS = 16;           // tokens, or pairs of a token and a head, that the tensor cores take
-constexpr int SEGMENT = 64;        // bytes of a weight's row that four threads take, 16 each
-constexpr int PAD = 8;             // elements between rows in shared memory, against bank conflicts
+constexpr int TOKENS = BATCH * LENGTH;
+constexpr int PASSES = (TOKENS + ROWS - 1) / ROWS;  // over the weights
+constexpr int SEGMENT = 64;                         // bytes of a weight's row that four threads take, 16 each
+constexpr int PAD = 8;                              // elements between rows in shared memory, against bank conflicts
 constexpr int QKV = (HEADS + 2) * HEAD;
 constexpr int NORM = ADAPTIVE ? 3 * WIDTH : WIDTH;
 constexpr int SHARES = 2;  // of the channels of the values, for as many clusters
@@ -38,15 +40,14 @@ struct Array {  // layer after layer
 
 struct Arguments {
     const bf16* x;  // [tokens, WIDTH]
-    bf16* out;      // [tokens, WIDTH]
-    bf16* buffers;  // [layers, tokens, BUFFER], of unwritten numbers
+    bf16* buffers;  // [layers, tokens, BUFFER], of unwritten numbers; a layer's last are what it makes
     Matrix qkv, o, gate_up, down;
     const float* norms;    // [2 layers, NORM]
     const uint8* visible;  // [batch, prefix]; null for all
     const bf16* cos;       // [tokens, HEAD]
     const bf16* sin;
     Array arrays[ARRAYS];  // all that layers have of their own; the rest without bytes
-    int layers, batch, length, prefix, state_first;
+    int layers, prefix, state_first;
 };
 
 struct Maps {
@@ -122,7 +123,16 @@ __device__ void wait_for_half(const Self& self) {  // the threads that have the 
     wait_for_threads<HALF>(1 + self.half);
 }
 
-struct Steps {  // how often a block has waited
-    int codes, weights, sums, partial, cached;
-    int looked;  // the observation whose visible keys it knows
+// Numbers for others, where there are none yet.
+__device__ void put_pair(bf16* to, unsigned at, float low, float high) {  // `at` is even
+    put(reinterpret_cast<unsigned*>(to + at), to_pair(low, high));
+}
+__device__ void put_one(bf16* to, unsigned at, float x) {
+    unsigned bits = to_bf16(x);
+    put(reinterpret_cast<unsigned*>(to + (at & ~1u)), at % 2 ? bits << 16 | 0xFFFF : bits | 0xFFFF0000);
+}
+
+struct Steps {            // of attention
+    int partial, cached;  // how often a block has waited
+    int looked;           // the observation whose visible keys it knows
 };

@@ -22,11 +22,11 @@ struct Attention {
     __device__ Attention(const Self& self, const Arguments& given, const Maps& maps, int layer, const bf16* heads,
                          bf16* out, Memory& memory)
         : given(given), maps(maps), memory(memory), heads(heads), out(out), self(self), layer(layer) {
-        int all = given.prefix + given.length;
+        int all = given.prefix + LENGTH;
         each = ((all + CLUSTER - 1) / CLUSTER + 15) / 16 * 16;
         first = self.rank * each;
         keys = min(each, (all - first + 15) / 16 * 16);  // none, or less, if the others have all
-        blocks = (given.length * HEADS + ROWS - 1) / ROWS;
+        blocks = (LENGTH * HEADS + ROWS - 1) / ROWS;
     }
 
     struct Unit {  // what a cluster does at a time: a block of pairs, a share of the channels
@@ -38,14 +38,14 @@ struct Attention {
         for (; block >= blocks; block -= blocks) group++;
         return {group, block};
     }
-    __device__ bool exists(const Unit& unit) const { return unit.group < given.batch * SHARES; }
+    __device__ bool exists(const Unit& unit) const { return unit.group < BATCH * SHARES; }
 
     __device__ void ask_for_cached() const {  // by one thread, before `run`
         Unit unit = this->unit(0, self.cluster);
         if (exists(unit)) ask_for_cached(unit);
     }
     __device__ void ask_for_cached(const Unit& unit) const {  // zeros where there are none
-        int matrix = layer * given.batch + unit.element();
+        int matrix = layer * BATCH + unit.element();
         uint64* count = &memory.cached_there;
         let_copy_engine_write();
         expect(count, (HEAD + CHANNELS) * int(sizeof(bf16)) * each);
@@ -56,23 +56,23 @@ struct Attention {
     __device__ void look(int element) const {  // which keys are to be seen
         int key = first + self.thread;
         if (int(self.thread) >= keys) return;
-        uint8 seen = key < given.prefix + given.length;
+        uint8 seen = key < given.prefix + LENGTH;
         if (given.visible != nullptr && key < given.prefix) seen = given.visible[element * given.prefix + key];
         memory.seen[self.thread] = seen;
     }
 
     __device__ void read_own(const Unit& unit) const {  // q, and of the tokens' own keys and values what is here
-        int pair = unit.block * ROWS + self.warp, d = self.lane * 8, row = unit.element() * given.length;
+        int pair = unit.block * ROWS + self.warp, d = self.lane * 8, row = unit.element() * LENGTH;
         auto at = [&](int token, int column) {
             return reinterpret_cast<const uint4*>(heads + unsigned((row + token) * QKV + column));
         };
         const uint4* q_at = at(pair / HEADS, pair % HEADS * HEAD + d);
-        bool asks = pair < given.length * HEADS;
+        bool asks = pair < LENGTH * HEADS;
         uint4 none = make_uint4(0, 0, 0, 0), q = asks ? peek(q_at) : none;
         for (int i = max(given.prefix - first, 0) + self.warp; i < keys; i += WARPS) {
             int own = first + i - given.prefix;
             uint4 k = none, v = none;
-            if (own < given.length) {
+            if (own < LENGTH) {
                 const uint4 *k_at = at(own, HEADS * HEAD + d), *v_at = at(own, (HEADS + 1) * HEAD + d);
                 k = peek(k_at), v = peek(v_at);
                 k = until_written(k, k_at), v = until_written(v, v_at);
@@ -166,7 +166,7 @@ struct Attention {
 
     __device__ void finish(const Unit& unit) const {  // a thread has two channels of a row
         int row = self.thread / (SLICE / 2), d = self.thread % (SLICE / 2) * 2, pair = unit.block * ROWS + row;
-        if (row >= ROWS || pair >= given.length * HEADS) return;
+        if (row >= ROWS || pair >= LENGTH * HEADS) return;
         float highest = lowest(), total = 0.f, y = 0.f, y2 = 0.f;
 #pragma unroll
         for (int i = 0; i < CLUSTER; i++) highest = fmaxf(highest, memory.totals[i][row].x);
@@ -180,14 +180,13 @@ struct Attention {
             y2 += weight * sums.y;
         }
         float each = total > 0.f ? reciprocal(total) : 1.f;
-        int at =
-            (unit.element() * given.length * HEADS + pair) * HEAD + unit.share() * CHANNELS + self.rank * SLICE + d;
-        write(reinterpret_cast<unsigned*>(out + unsigned(at)), y * each, y2 * each);
+        int at = (unit.element() * LENGTH * HEADS + pair) * HEAD + unit.share() * CHANNELS + self.rank * SLICE + d;
+        put_pair(out, at, y * each, y2 * each);
     }
 
     // What a layer reads, into L2, by the clusters that have no unit; by all if all have one.
     __device__ void fetch(int layer) const {
-        int busy = min(blocks * SHARES * given.batch, CLUSTERS) % CLUSTERS;
+        int busy = min(blocks * SHARES * BATCH, CLUSTERS) % CLUSTERS;
         if (self.cluster < busy || self.warp > 0 || self.lane >= ARRAYS) return;
         Array array = given.arrays[self.lane];
         unsigned parts = (CLUSTERS - busy) * CLUSTER, each = (array.bytes / parts + 16) / 16 * 16;

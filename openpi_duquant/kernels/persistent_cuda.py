@@ -46,11 +46,11 @@ class _Array(ctypes.Structure):
 
 class _Arguments(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "out", "buffers")),
+        *((name, ctypes.c_void_p) for name in ("x", "buffers")),
         *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down")),
         *((name, ctypes.c_void_p) for name in ("norms", "visible", "cos", "sin")),
         ("arrays", _Array * _ARRAYS),
-        *((name, ctypes.c_int) for name in ("layers", "batch", "length", "prefix", "state_first")),
+        *((name, ctypes.c_int) for name in ("layers", "prefix", "state_first")),
     ]
 
 
@@ -83,7 +83,7 @@ def launch(
     function, clusters = _kernel_for(x, stack)
     (batch, length, _), (layers, _, prefix, _) = x.shape, keys.shape
     numbers = (2 * _HEADS + 2) * _HEAD + _MLP + 2 * _WIDTH
-    out, buffers = torch.empty_like(x), x.new_empty(layers, batch * length, numbers)
+    buffers = x.new_empty(layers, batch * length * numbers)
     buffers.view(torch.int16).fill_(-1)  # no number that the kernel computes
     most_keys = math.ceil((prefix + length) / _CLUSTER / _ROWS) * _ROWS  # of a block, as the kernel counts
     boxes = [(part.flatten(0, 1).view(torch.uint8), most_keys, 128) for part in (keys, values)]
@@ -93,12 +93,12 @@ def launch(
     maps = (type(maps[0]) * len(maps))(*maps)
     matrices = (_Matrix(*map(_address, matrix[:3])) for matrix in stack[:4])
     tensors = map(_address, (norms, visible, cos, sin))
-    sizes = layers, batch, length, prefix, state_first
+    sizes = layers, prefix, state_first
     of_layers = buffers, *(part for matrix in stack[:4] for part in matrix[:3]), norms, keys, values
     arrays = (_Array * _ARRAYS)(*((part.data_ptr(), part.nbytes // layers) for part in of_layers if part is not None))
-    arguments = _Arguments(*map(_address, (x, out, buffers)), *matrices, *tensors, arrays, *sizes)
+    arguments = _Arguments(*map(_address, (x, buffers)), *matrices, *tensors, arrays, *sizes)
     function((clusters * _CLUSTER, 1, 1), 32 * _WARPS, [arguments, maps], cooperative=True)
-    return out
+    return buffers[-1, -x.numel() :].view_as(x)
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -109,21 +109,20 @@ def _kernel_for(x: Tensor, stack: "Stack") -> tuple[driver.Function, int] | None
     rotated = stack.qkv, stack.gate_up, stack.down
     blocks = tuple(matrix.hadamard for matrix in rotated)
     permuted = tuple(matrix.permutation is not None for matrix in rotated)
-    passes = -(-x.shape[0] * x.shape[1] // _ROWS)
-    return _kernel(x.device, blocks, permuted, adaptive=stack.norms is None, passes=passes)
+    return _kernel(x.device, blocks, permuted, tuple(x.shape[:2]), adaptive=stack.norms is None)
 
 
 @functools.cache
 def _kernel(
-    device: torch.device, blocks: tuple[int, ...], permuted: tuple[bool, ...], *, adaptive: bool, passes: int
+    device: torch.device, blocks: tuple[int, ...], permuted: tuple[bool, ...], shape: tuple[int, ...], *, adaptive: bool
 ) -> tuple[driver.Function, int] | None:
     """The kernel, and how many clusters it runs in; None, and why, where it does not run."""
     if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < _SHARED_MEMORY:
         return None
     constants = {
-        "PASSES": passes, "CLUSTER": _CLUSTER, "WARPS": _WARPS, "KEYS": _KEYS, "WIDTH": _WIDTH, "MLP": _MLP,
-        "HEADS": _HEADS, "HEAD": _HEAD, "ARRAYS": _ARRAYS, "ADAPTIVE": int(adaptive), "EPS": f"{NORM_EPS}f",
-        "SCALE": f"{_HEAD**-0.5 * math.log2(math.e)}f", "SHARED_MEMORY": _SHARED_MEMORY,
+        "BATCH": shape[0], "LENGTH": shape[1], "CLUSTER": _CLUSTER, "WARPS": _WARPS, "KEYS": _KEYS, "WIDTH": _WIDTH,
+        "MLP": _MLP, "HEADS": _HEADS, "HEAD": _HEAD, "ARRAYS": _ARRAYS, "ADAPTIVE": int(adaptive),
+        "EPS": f"{NORM_EPS}f", "SCALE": f"{_HEAD**-0.5 * math.log2(math.e)}f", "SHARED_MEMORY": _SHARED_MEMORY,
     }  # fmt: skip
     for name, block, by_index in zip(("QKV", "UP", "DOWN"), blocks, permuted, strict=True):
         constants |= {f"{name}_BLOCK": block, f"{name}_PERMUTED": int(by_index)}

@@ -50,11 +50,11 @@ struct Matmul {
     static constexpr int TILES = TILES_OF_CLUSTER<N>, OWN = OWN_TILES<N>;  // of 8 columns
     static constexpr int RUN = WIDE ? K / 2 : K / 2 / CLUSTER;             // channels that lie together in a block
     static constexpr int STRIDE = 2 * RUN + SEGMENT;                       // from a row's codes to the next one's
-    static constexpr int PARTS = WIDE ? WIDE_PARTS : 2;  // of the segments of a row, for as many warps
+    static constexpr int PARTS = WIDE ? WIDE_PARTS : 1;  // of the segments of a row, for as many warps
     static constexpr int EACH = RUN / SEGMENT / PARTS;   // segments
     static constexpr int ABREAST = WARPS / PARTS;        // tiles at a time
     static constexpr int UNITS = ((WIDE ? OWN : TILES) + ABREAST - 1) / ABREAST;  // tiles of a warp
-    static constexpr int SOURCES = WIDE ? PARTS : PARTS * CLUSTER;                // of the sums of a column
+    static constexpr int SOURCES = WIDE ? PARTS : CLUSTER;                        // of the sums of a column
     static constexpr int ITEMS = (ROWS * OWN * 4 + THREADS - 1) / THREADS;  // a row and a pair of columns, of a thread
     static_assert(EACH * PARTS * SEGMENT == RUN, "no part is empty");
     static_assert(ROWS * STRIDE <= sizeof(Memory::codes[0]), "codes have a place");
@@ -98,51 +98,71 @@ struct Matmul {
             }
     }
 
+    // A thread's codes of a row, to all who multiply them.
+    __device__ static void send_codes(const unsigned (&codes)[K / HALF / 4], const Self& self, uint8* row,
+                                      uint64* codes_there) {
+        constexpr int E = K / HALF;
+        int first = self.thread % HALF * E, at = WIDE ? first : first / (K / 2) * RUN + first % RUN;
+#pragma unroll
+        for (int i = 0; i < (WIDE ? CLUSTER : 1); i++) {
+            int to = WIDE ? (self.warp + i) % CLUSTER : first % (K / 2) / RUN;  // not all to the same at once
+            unsigned there = in_block(row + at, to), count = in_block(codes_there, to);
+            if constexpr (E == 4) send(there, count, codes[0]);
+            if constexpr (E == 8) send(there, count, codes[0], codes[1]);
+            if constexpr (E == 16) send(there, count, make_uint4(codes[0], codes[1], codes[2], codes[3]));
+        }
+    }
+
     // Sums of 16 tokens' codes, to where they are put together.
     __device__ static void multiply(const uint4 (&w)[UNITS][EACH], const Self& self, const Share<N, WIDE>& share,
                                     const uint8* codes, int rows, Memory& memory) {
         int group = self.lane / 4, lane = self.lane % 4, part = self.warp % PARTS;
         bool all = self.warp / PARTS + (UNITS - 1) * ABREAST < share.tiles;  // of the warp's tiles are there
-        int sums[UNITS][4] = {};
+        constexpr int CHAINS = WIDE ? 1 : 2;  // of products, which do not wait for each other
+        int sums[CHAINS][UNITS][4] = {};
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const uint8* at = codes + group * STRIDE + (part * EACH + i) * SEGMENT + lane * 16;
             auto row = [&](int from) { return *reinterpret_cast<const uint4*>(at + from); };
             uint4 low = row(0), low8 = row(8 * STRIDE), high = row(RUN), high8 = row(8 * STRIDE + RUN);
-            multiply_segment<UNITS, EACH>(sums, low, low8, high, high8, w, i, all);
+            multiply_segment<UNITS, EACH>(sums[i % CHAINS], low, low8, high, high8, w, i, all);
         }
 #pragma unroll
         for (int unit = 0; unit < UNITS; unit++) {
             int tile = self.warp / PARTS + unit * ABREAST;
             if (tile >= share.tiles) break;
-            int source = WIDE ? part : self.rank * PARTS + part;
+            int source = WIDE ? part : self.rank, (&own)[4] = sums[0][unit];
+            for (int i = 0; i < (CHAINS > 1 ? 4 : 0); i++) own[i] += sums[CHAINS - 1][unit][i];
             int* place = &memory.sums[(source * ROWS + group) * (OWN * 8) + tile % OWN * 8 + lane * 2];
             constexpr int LOWER = 8 * OWN * 8;  // eight rows below
             if constexpr (WIDE) {
                 auto write = [](int* at, int a, int b) { *reinterpret_cast<int2*>(at) = make_int2(a, b); };
-                if (group < rows) write(place, sums[unit][0], sums[unit][1]);
-                if (group + 8 < rows) write(place + LOWER, sums[unit][2], sums[unit][3]);
+                if (group < rows) write(place, own[0], own[1]);
+                if (group + 8 < rows) write(place + LOWER, own[2], own[3]);
             } else {
                 unsigned there = in_block(place, tile / OWN), count = in_block(&memory.sums_there, tile / OWN);
-                if (group < rows) send(there, count, sums[unit][0], sums[unit][1]);
-                if (group + 8 < rows) send(there + LOWER * sizeof(int), count, sums[unit][2], sums[unit][3]);
+                if (group < rows) send(there, count, own[0], own[1]);
+                if (group + 8 < rows) send(there + LOWER * sizeof(int), count, own[2], own[3]);
             }
         }
     }
 
-    // `finish` takes the sums; `meanwhile` is called by a thread that has the fewest of them.
+    // The turn-th of all matmuls, of which a layer has four. `finish` takes the sums; `meanwhile` is called by a thread
+    // that has the fewest of them.
     template <class Finish, class Meanwhile>
-    __device__ void run(const Self& given_self, const Arguments& given, int layer, const bf16* x, bool written,
-                        const float* norm, const Finish& finish, const Meanwhile& meanwhile, Steps& steps,
-                        Memory& memory) const {
-        int tokens = given.batch * given.length;
-        Share<N, WIDE> share(given_self);
-        Channels<K, NORMED, PERMUTED> channels(given_self, norm,
+    __device__ void run(const Self& given_self, const Arguments& given, int turn, const bf16* x, bool written,
+                        const float* norm, const Finish& finish, const Meanwhile& meanwhile, Memory& memory) const {
+        int layer = turn / 4;
+        Self starting(given_self);
+        Share<N, WIDE> share(starting);
+        Channels<K, NORMED, PERMUTED> channels(starting, norm,
                                                PERMUTED ? matrix.permutation + int64(layer) * K : nullptr);
-        if (given_self.thread == 0) ask_for_weights(share, given_self, layer, memory);
-        for (int first = 0; first < PASSES * ROWS; first += ROWS) {
-            Self self(given_self);
-            int rows = min(ROWS, tokens - first), mine = self.rank + self.half * CLUSTER, step = steps.codes++;
+        if (starting.thread == 0) ask_for_weights(share, starting, layer, memory);
+        for (int pass = 0; pass < PASSES; pass++) {
+            Self self(starting);
+            int first = pass * ROWS, step = turn * PASSES + pass;
+            int rows = min(ROWS, TOKENS - first), mine = self.rank + self.half * CLUSTER;
+            not_before(rows);  // where the compiler knows it, what it makes of it takes 10 us a step more
             uint8* codes = memory.codes[step % 2];
             uint64* codes_there = &memory.codes_there[step % 2];
             if (self.thread == 0) {
@@ -165,21 +185,10 @@ struct Matmul {
             }
             float act_scale = 0.f;
             if (mine < rows) {
-                bf16* scratch = memory.row[self.half];
-                uint8* coded = reinterpret_cast<uint8*>(scratch);
-                act_scale = transform<K, BLOCK>(self, x + unsigned((first + mine) * K), written, channels, scratch,
-                                                coded, memory);
-                wait_for_half(self);
-#pragma unroll
-                for (int to = self.warp % (WARPS / 2); to < CLUSTER; to += WARPS / 2) {
-                    unsigned there = in_block(codes + mine * STRIDE, to), count = in_block(codes_there, to);
-#pragma unroll
-                    for (int at = self.lane * 16; at < 2 * RUN; at += 512) {
-                        int from = WIDE ? at : at / RUN * (K / 2) + to * RUN + at % RUN;
-                        send(there + at, count, *reinterpret_cast<uint4*>(coded + from));
-                    }
-                }
-                wait_for_half(self);  // until all is sent: sums may come here next
+                unsigned coded[K / HALF / 4];
+                act_scale = transform<K, BLOCK>(self, x + unsigned((first + mine) * K), written, channels,
+                                                memory.row[self.half], coded, memory);
+                send_codes(coded, self, codes + mine * STRIDE, codes_there);
             }  // all send something: who has it from all knows that all are here
             if (self.thread % HALF < CLUSTER) {
                 int to = self.thread % HALF;
@@ -187,16 +196,17 @@ struct Matmul {
                      __float_as_uint(act_scale));
             }
 
-            if (first == 0) wait_for_bytes(&memory.weights_there, steps.weights++);
+            if (pass == 0) wait_for_bytes(&memory.weights_there, turn);
+            bool multiplies = WIDE || PASSES > 1 || self.warp < TILES;  // with more passes registers would not do
             uint4 w[UNITS][EACH];
-            read_weights(w, self, memory);
+            if (multiplies) read_weights(w, self, memory);
             wait_for_bytes(codes_there, step / 2);
-            multiply(w, self, share, codes, rows, memory);
-            if (first == (PASSES - 1) * ROWS && self.thread == THREADS - 1) meanwhile();
+            if (multiplies) multiply(w, self, share, codes, rows, memory);
+            if (pass == PASSES - 1 && self.thread == THREADS - 1) meanwhile();
             if constexpr (WIDE)
                 __syncthreads();
             else
-                wait_for_bytes(&memory.sums_there, steps.sums++);
+                wait_for_bytes(&memory.sums_there, turn / 2 * PASSES + pass);
 #pragma unroll
             for (int i = 0; i < ITEMS; i++) {
                 if (i * THREADS >= rows * OWN * 4) break;
@@ -233,8 +243,8 @@ struct Turned {  // rotary embedding of q and k; a pair is the same channel of b
     }
     __device__ void write(int m, int column, float a, float b, Operands angle) const {
         float cos = to_float(angle.cos), sin = to_float(angle.sin);
-        ::write(out + m * QKV + column, a * cos - b * sin);
-        ::write(out + m * QKV + column + HEAD / 2, b * cos + a * sin);
+        put_one(out, m * QKV + column, a * cos - b * sin);
+        put_one(out, m * QKV + column + HEAD / 2, b * cos + a * sin);
     }
 };
 
@@ -243,7 +253,7 @@ struct Gated {  // GeGLU; a pair is a channel of the gate and of up
     struct Operands {};
     __device__ Operands read(int, int) const { return {}; }
     __device__ void write(int m, int column, float gate, float up, Operands) const {
-        ::write(out + m * MLP + column, low_half(geglu(to_pair(gate, 0.f), to_pair(up, 0.f))));
+        put_one(out, m * MLP + column, low_half(geglu(to_pair(gate, 0.f), to_pair(up, 0.f))));
     }
 };
 
@@ -261,7 +271,7 @@ struct Added {      // to the residual stream, times a gate
         return {pair, ::read(gate + column), ::read(gate + column + 1)};
     }
     __device__ void write(int m, int column, float a, float b, Operands with) const {
-        ::write(reinterpret_cast<unsigned*>(out + m * WIDTH + column), a * with.gate_a + low_half(with.pair),
-                b * with.gate_b + high_half(with.pair));
+        put_pair(out, m * WIDTH + column, a * with.gate_a + low_half(with.pair),
+                 b * with.gate_b + high_half(with.pair));
     }
 };

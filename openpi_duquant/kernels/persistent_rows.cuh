@@ -27,12 +27,11 @@ __device__ void butterflies(const Self& self, float (&x)[K / HALF]) {  // unnorm
                 x[i + step] = a - b;
             }
 #pragma unroll
-    for (int lane = 1; lane * E < BLOCK; lane *= 2)
+    for (int lane = 1; lane * E < BLOCK; lane *= 2) {
+        float sign = self.thread & lane ? -1.f : 1.f;
 #pragma unroll
-        for (int i = 0; i < E; i++) {
-            float other = __shfl_xor_sync(~0u, x[i], lane);
-            x[i] = self.thread & lane ? other - x[i] : x[i] + other;
-        }
+        for (int i = 0; i < E; i++) x[i] = fmaf(x[i], sign, __shfl_xor_sync(~0u, x[i], lane));  // exact but for the sum
+    }
 }
 
 // What a thread needs of its channels before it has the row.
@@ -66,10 +65,11 @@ struct VectorOf<4> {
     using type = uint2;
 };
 
-// Norm, permutation, rotation and rounding of a row [K], by half a block: codes into `coded` [K]; returns their scale.
+// Norm, permutation, rotation and rounding of a row [K], by half a block: a thread's codes, and their scale.
 template <int K, int BLOCK, bool NORMED, bool PERMUTED>
 __device__ float transform(const Self& self, const bf16* x_row, bool written,
-                           const Channels<K, NORMED, PERMUTED>& channels, bf16* row, uint8* coded, Memory& memory) {
+                           const Channels<K, NORMED, PERMUTED>& channels, bf16* row, unsigned (&codes)[K / HALF / 4],
+                           Memory& memory) {
     constexpr int E = K / HALF;
     int first = self.thread % HALF * E;
     float x[E];
@@ -128,15 +128,10 @@ __device__ float transform(const Self& self, const bf16* x_row, bool written,
         per_scale = 127.f * reciprocal(largest);
         act_scale = over_127(BLOCK > 1 ? largest * rsqrtf(float(BLOCK)) : largest);
     }
-    unsigned codes[E / 4];
 #pragma unroll
     for (int i = 0; i < E / 4; i++) {
         auto times = [&](int j) { return __fmul_rn(x[4 * i + j], per_scale); };
         codes[i] = rounded(times(0), times(1), times(2), times(3));
     }
-    if constexpr (E == 4) *reinterpret_cast<unsigned*>(coded + first) = codes[0];
-    if constexpr (E == 8) *reinterpret_cast<uint2*>(coded + first) = make_uint2(codes[0], codes[1]);
-    if constexpr (E == 16)
-        *reinterpret_cast<uint4*>(coded + first) = make_uint4(codes[0], codes[1], codes[2], codes[3]);
     return act_scale;
 }

@@ -135,7 +135,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
 
 
 def kernel() -> object:
-    return persistent_cuda._kernel(torch.device("cuda", 0), (64, 64, 64), (True, True, False), adaptive=True, passes=1)
+    return persistent_cuda._kernel(torch.device("cuda", 0), (64, 64, 64), (True, True, False), (1, 10), adaptive=True)
 
 
 @pytest.fixture
@@ -197,16 +197,13 @@ def test_it_is_compiled_for_as_many_clusters_as_run_at_a_time(hopper: list[objec
     assert hopper == [16, 15]
 
 
-@pytest.mark.parametrize(("shape", "passes"), [((1, 1), 1), ((1, 16), 1), ((1, 17), 2), ((4, 10), 3), ((1, 64), 4)])
-def test_it_is_compiled_for_sixteen_tokens_at_a_time(
-    hopper: list[object], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], passes: int
-) -> None:
+def test_it_is_compiled_for_the_tokens_that_there_are(hopper: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, object] = {}
     monkeypatch.setattr(driver, "compile_source", lambda *_: given.update(_[-1]) or b"code")
     matrix = Matrix(torch.empty(0), torch.empty(0), None, 0)
-    x = torch.empty(*shape, 1024, device="meta")
+    x = torch.empty(4, 10, 1024, device="meta")
     assert persistent_cuda._kernel_for(x, Stack(matrix, matrix, matrix, matrix, None))
-    assert given["PASSES"] == passes
+    assert (given["BATCH"], given["LENGTH"]) == (4, 10)
     del hopper
 
 
@@ -243,8 +240,13 @@ def test_gpus_without_the_room_are_not_asked(hopper: list[object], monkeypatch: 
 @nvcc.needed
 @pytest.mark.parametrize("clusters", [10, 12, 13, 14, 15, 16])
 @pytest.mark.parametrize(
-    ("permuted", "adaptive", "passes"),
-    [((True, True, False), True, 1), ((False, False, True), False, 1), ((True, True, False), True, 4)],
+    ("permuted", "adaptive", "shape"),
+    [
+        ((True, True, False), True, (1, 10)),
+        ((False, False, True), False, (1, 16)),
+        ((True, True, False), True, (1, 51)),
+        ((True, True, False), True, (4, 10)),
+    ],
 )
 def test_it_compiles_without_spilling_registers(
     hopper: list[object],
@@ -252,14 +254,14 @@ def test_it_compiles_without_spilling_registers(
     tmp_path: pathlib.Path,
     permuted: tuple[bool, ...],
     clusters: int,
-    passes: int,
+    shape: tuple[int, int],
     *,
     adaptive: bool,
 ) -> None:
     given: dict[str, object] = {}
     monkeypatch.setattr(driver, "compile_source", lambda *_: given.update(_[-1]) or b"code")
     monkeypatch.setattr(driver, "load", lambda *_: types.SimpleNamespace(most_clusters=lambda *_: clusters))
-    persistent_cuda._kernel(torch.device("cuda", 0), (64, 64, 64), permuted, adaptive=adaptive, passes=passes)
+    persistent_cuda._kernel(torch.device("cuda", 0), (64, 64, 64), permuted, shape, adaptive=adaptive)
     source = persistent_cuda._SOURCE.read_text()
     assert " 0 bytes spill stores" in nvcc.report(source, "sm_90", given, tmp_path)
     del hopper
