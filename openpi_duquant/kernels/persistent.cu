@@ -13,7 +13,7 @@
 // weights and keys into shared memory. Clusters without a part in attention fetch all that the next layer reads into
 // L2.
 //
-// Defined by persistent_cuda.py: BATCH, of LENGTH tokens each; CLUSTERS, of CLUSTER blocks; WARPS (of a
+// Defined by persistent_cuda.py: BATCH (observations), of LENGTH tokens each; CLUSTERS, of CLUSTER blocks; WARPS (of a
 // block), WIDE_PARTS (of the channels of a wide matrix, for as many warps), KEYS (most that one attends to); WIDTH,
 // MLP, HEADS, HEAD; QKV_BLOCK, UP_BLOCK, DOWN_BLOCK (of Hadamards; 0 for none); QKV_PERMUTED, UP_PERMUTED,
 // DOWN_PERMUTED; ADAPTIVE (norms with a shift and a gate); EPS; SCALE (of scores, in base 2); ARRAYS (of a layer,

@@ -197,7 +197,8 @@ struct Matmul {
             }
 
             if (pass == 0) wait_for_bytes(&memory.weights_there, turn);
-            bool multiplies = WIDE || PASSES > 1 || self.warp < TILES;  // with more passes registers would not do
+            // warps without a tile leave shared memory to the others; with more passes that would spill registers
+            bool multiplies = WIDE || PASSES > 1 || self.warp < TILES;
             uint4 w[UNITS][EACH];
             if (multiplies) read_weights(w, self, memory);
             wait_for_bytes(codes_there, step / 2);
